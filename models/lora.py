@@ -1,0 +1,174 @@
+"""LoRA as a transform of a finished model: W x + (alpha / r) B A x, base frozen, B zero at first.
+
+Source: Hu et al. 2021, arXiv 2106.09685. On disk an adapter has PEFT's layout.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from srit.models.decoder import Decoder, Linear
+from srit.models.files import InputError, atomic_write
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."
+
+
+class LoRALinear(Linear):
+    """A linear layer with an adapter. `weight` and `bias` keep their names, so checkpoints do too."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale, self.dropout, self.enabled = alpha / r, nn.Dropout(dropout), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.enabled:
+            return out
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        return out + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The A and B matrices; nothing for a model without adapters."""
+    for _, module in _adapters(model):
+        yield from (module.lora_A, module.lora_B)
+
+
+def add_lora(model: Decoder, r: int = 16, alpha: float = 32, dropout: float = 0.0,
+             target_modules: Sequence[str] | None = None) -> None:
+    """Freeze the model and give every module named in `target_modules` an adapter, in place.
+
+    Default: all projections of attention and MLP. The logits do not change: B is zero.
+    Raises InputError for a rank below 1, a name that no linear layer has, or a second adapter.
+    """
+    if r < 1:
+        raise InputError(f"lora_r {r}: must be at least 1")
+    if next(lora_parameters(model), None) is not None:
+        raise InputError("the model has an adapter already; merge it first")
+    targets = tuple(target_modules or TARGETS)
+    linear = [n for n, m in model.named_modules() if isinstance(m, Linear)]
+    for target in targets:
+        if not any(name.split(".")[-1] == target for name in linear):
+            have = sorted({name.split(".")[-1] for name in linear})
+            raise InputError(f"lora_target_modules: no module '{target}'; there are {have}")
+    model.requires_grad_(False)
+    for name in linear:
+        parent, _, child = name.rpartition(".")
+        if child in targets:
+            owner = model.get_submodule(parent)
+            setattr(owner, child, LoRALinear(getattr(owner, child), r, alpha, dropout))
+
+
+def merge(model: Decoder) -> None:
+    """Add every adapter to its weight, in float32, and take it away; all parameters train again."""
+    for name, module in list(_adapters(model)):
+        parent, _, child = name.rpartition(".")
+        with torch.no_grad():
+            delta = module.scale * (module.lora_B.float() @ module.lora_A.float())
+            merged = (module.weight.float() + delta).to(module.weight.dtype)
+        plain = Linear(module.in_features, module.out_features, bias=module.bias is not None,
+                       device="meta")
+        plain.weight, plain.bias = nn.Parameter(merged), module.bias
+        setattr(model.get_submodule(parent), child, plain)
+    model.requires_grad_(True)
+
+
+@contextmanager
+def disabled(model: Decoder) -> Iterator[None]:
+    """The base model, for as long as the block lasts: the reference of DPO."""
+    modules = [module for _, module in _adapters(model)]
+    if not modules:
+        raise InputError("the model has no adapter to switch off")
+    before = [module.enabled for module in modules]
+    for module in modules:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enabled = enabled
+
+
+def save_adapter(model: Decoder, directory: str | Path, base_model_name_or_path: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does."""
+    directory = Path(directory)
+    adapters = dict(_adapters(model))
+    first = next(iter(adapters.values()))
+    r = len(first.lora_A)
+    tensors = {}
+    for name, module in adapters.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / ".adapter_model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": r,
+        "lora_alpha": first.scale * r,
+        "lora_dropout": first.dropout.p,
+        "target_modules": sorted({name.split(".")[-1] for name in adapters}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with atomic_write(directory / "adapter_config.json") as handle:
+        json.dump(config, handle, indent=2)
+        handle.write("\n")
+
+
+def load_adapter(model: Decoder, directory: str | Path) -> None:
+    """Load an adapter in PEFT's layout; a model without adapters gets them first.
+
+    Raises InputError for a damaged file, another kind of adapter, or one of another model.
+    """
+    directory = Path(directory)
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(directory / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{directory}: no readable adapter ({error})") from None
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise InputError(f"{directory}: peft_type {config.get('peft_type')!r} with bias "
+                         f"{config.get('bias')!r}; only LORA with bias 'none' is supported")
+    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise InputError(f"{directory}: adapter_config.json sets {key}, which is not supported")
+    if next(lora_parameters(model), None) is None:
+        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
+                 config["target_modules"])
+    for name, module in _adapters(model):
+        for matrix in ("lora_A", "lora_B"):
+            key = f"{PREFIX}{name}.{matrix}.weight"
+            found, parameter = tensors.pop(key, None), getattr(module, matrix)
+            if found is None:
+                raise InputError(f"{directory}: missing tensor {key}")
+            if found.shape != parameter.shape:
+                raise InputError(f"{directory}: tensor {key} has shape {tuple(found.shape)}, the "
+                                 f"model asks for {tuple(parameter.shape)}")
+            with torch.no_grad():
+                parameter.copy_(found)
+    if tensors:
+        raise InputError(f"{directory}: unexpected tensor {next(iter(tensors))}")

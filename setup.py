@@ -1,0 +1,14 @@
+from setuptools import setup
+
+# The top-level folders are installed below one name: bare `kernels`, `models` and `train` would collide
+# with other distributions.
+setup(
+    packages=["srit", "srit.kernels", "srit.models", "srit.train"],
+    package_dir={
+        "srit": "srit",
+        "srit.kernels": "kernels",
+        "srit.models": "models",
+        "srit.train": "train",
+    },
+    package_data={"srit": ["templates/*.jinja"]},
+)

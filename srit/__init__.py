@@ -1,0 +1,1 @@
+"""Self-refine instruction-tuning: losses, data, sampling, pairs, evaluation."""

@@ -1,0 +1,36 @@
+"""`srit <command>`: the stage scripts and the tools around them behind one name."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "run": ("the whole method from one recipe", "srit.pipeline", "RunConfig"),
+    "report": ("HTML and Markdown page of a finished run", "srit.pipeline", "ReportConfig"),
+    "demo": ("the method on a small world that it makes itself", "srit.demo", "DemoConfig"),
+    "demos": ("ask a teacher model for demonstrations", "srit.teacher", "DemosConfig"),
+    "data": ("convert a published data set to questions", "srit.datasets", "DataConfig"),
+    "sft": ("phase 1: instruct", "srit.train.sft", "SFTConfig"),
+    "sample": ("phase 2: the student answers the questions", "srit.train.sample", "SampleConfig"),
+    "pair": ("phase 2: preference pairs from graded answers", "srit.train.pair", "PairConfig"),
+    "dpo": ("phase 2: self-refine on the pairs", "srit.train.dpo", "DPOConfig"),
+    "eval": ("accuracy on questions with ground truth", "srit.train.eval", "EvalConfig"),
+    "convert": ("GGUF, hub id or adapter to a Hugging Face directory", "srit.convert",
+                "ConvertConfig"),
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        print("usage: srit <command> --help\n")
+        print("\n".join(f"  {key:8} {text}" for key, (text, _, _) in COMMANDS.items()))
+        sys.exit(0 if name in ("--help", "-h") else f"error: unknown command '{name}'")
+    _, module_name, config_name = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    from srit.config import run
+
+    run(getattr(module, config_name), name, getattr(module, "main", None), sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

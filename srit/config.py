@@ -1,0 +1,349 @@
+"""The settings of every stage, and how flags and YAML become them.
+
+A YAML file is flags written down: its keys are the flag names, and both go through the same parser
+(tyro, which reads types, defaults and help from the dataclasses below). Flags win over YAML.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from srit.models.files import InputError
+
+PromptStyle = Literal["direct", "cot"]
+Config = TypeVar("Config")
+
+
+def _check(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise InputError(f"--{name} {value}: must be {rule}")
+
+
+@dataclass
+class TrainConfig:
+    """Settings that SFT and DPO share."""
+
+    model_name_or_path: str
+    """Directory in Hugging Face layout, hub id, or .gguf file."""
+    train_file: list[str]
+    """JSON Lines to train on."""
+    output_dir: str
+    """Where the model, checkpoints, metrics.jsonl and run.json go."""
+    eval_file: list[str] = field(default_factory=list)
+    """JSON Lines for the evaluation loss."""
+    seed: int = 0
+    """Seed of data order and of new weights."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype. Master weights, gradients and optimizer are always float32."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    max_length: int = 1024
+    """Longest row in tokens; a longer one is dropped and counted, never cut."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows."""
+    max_steps: int = -1
+    """Optimizer steps; overrides num_train_epochs when positive."""
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of all steps that warm up."""
+    warmup_steps: int = 0
+    """Steps that warm up; overrides warmup_ratio when positive."""
+    weight_decay: float = 0.0
+    """AdamW weight decay, on matrices only."""
+    adam_beta1: float = 0.9
+    """AdamW beta1."""
+    adam_beta2: float = 0.999
+    """AdamW beta2."""
+    adam_epsilon: float = 1e-8
+    """AdamW epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm; 0 switches clipping off."""
+    per_device_train_batch_size: int = 8
+    """Rows (SFT) or pairs (DPO) in one forward pass of one process."""
+    per_device_eval_batch_size: int = 8
+    """The same for the evaluation loss."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes to one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations layer by layer in the backward pass."""
+    logging_steps: int = 10
+    """Steps between two rows of metrics.jsonl."""
+    eval_steps: int = 0
+    """Steps between evaluations; 0: at the end of every epoch. Needs eval_file."""
+    save_steps: int = 0
+    """Steps between checkpoints; 0: none on the way."""
+    save_total_limit: int = 2
+    """Checkpoints that are kept."""
+    load_best_model_at_end: bool = True
+    """Export the weights with the lowest evaluation loss (needs eval_file), not the last."""
+    resume_from_checkpoint: str | None = None
+    """auto: the newest checkpoint of output_dir, or a fresh start; or a checkpoint directory."""
+    overwrite_output_dir: bool = False
+    """Delete what output_dir holds and start afresh."""
+    shuffle_dataset: bool = True
+    """A new order every epoch, from the seed; False: the order of the file."""
+    use_peft: bool = False
+    """Train a LoRA adapter, and export base and adapter merged (the adapter alone in adapter/)."""
+    lora_r: int = 16
+    """Rank."""
+    lora_alpha: int = 32
+    """The adapter is scaled by alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter (SFT only)."""
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Module names that get an adapter; empty: every projection of attention and MLP."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
+                     "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
+                     "warmup_steps"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _check(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs",
+               self.num_train_epochs, "positive when max_steps is not given")
+        _check(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "from 0 to 1")
+        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "from 0 to below 1")
+        _check(bool(self.train_file), "train_file", self.train_file, "at least one file")
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Phase 1, instruct: cross-entropy on the teacher's demonstrations."""
+
+    num_train_epochs: float = 4.0
+    """Passes over the training rows."""
+    weight_decay: float = 1e-4
+    """AdamW weight decay, on matrices only."""
+    prompt_style: list[PromptStyle] = field(default_factory=lambda: ["cot"])
+    """Prompt in front of the demonstration; both styles: each demonstration is trained with both."""
+    filter_demos: bool = True
+    """Keep only demonstrations whose final answer is the ground truth."""
+    packing: bool = False
+    """Fill rows up to max_length with several examples; attention stays within each example."""
+
+
+@dataclass
+class DPOConfig(TrainConfig):
+    """Phase 2, self-refine: Direct Preference Optimization on the student's own answers."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    beta: float = 0.1
+    """How strongly the policy is held to the reference."""
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"] = "sigmoid"
+    """The preference loss."""
+    label_smoothing: float = 0.0
+    """Assumed share of wrong preferences: cDPO for sigmoid; needed by robust."""
+    rpo_alpha: float | None = None
+    """Weight of an added NLL term on the chosen completion (mean over its tokens)."""
+    precompute_ref_log_probs: bool = True
+    """Reference log-probs once, cached in output_dir; False: adapter switched off (use_peft only)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.beta > 0, "beta", self.beta, "positive")
+        _check(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing,
+               "from 0 to below 0.5")
+        _check(self.label_smoothing == 0 or self.loss_type in ("sigmoid", "robust"),
+               "label_smoothing", self.label_smoothing, f"0 with --loss_type {self.loss_type}")
+        _check(self.rpo_alpha is None or self.rpo_alpha >= 0, "rpo_alpha", self.rpo_alpha,
+               "0 or more")
+        _check(self.lora_dropout == 0, "lora_dropout", self.lora_dropout,
+               "0: dropout is off in DPO, else policy and reference differ at step 0")
+        _check(self.precompute_ref_log_probs or self.use_peft, "precompute_ref_log_probs", False,
+               "True without --use_peft: there is no second model to score with")
+
+
+@dataclass
+class GenerateConfig:
+    """Settings that sampling and evaluation share."""
+
+    model_name_or_path: str
+    """Directory in Hugging Face layout, hub id, or .gguf file."""
+    output_dir: str
+    """Where the generations and run.json go."""
+    seed: int = 0
+    """Every completion has its own random stream, from (seed, id, style, sample index)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights and cache; logits are always float32."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    num_samples: int = 1
+    """Completions to each question and prompt style."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 is off."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 is off."""
+    max_new_tokens: int = 256
+    """Longest completion."""
+    per_device_batch_size: int = 32
+    """Sequences decoded together."""
+    limit: int | None = None
+    """Only the first questions of every file."""
+    overwrite_output_dir: bool = False
+    """Delete what output_dir holds and start afresh; otherwise an unfinished run goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "per_device_batch_size"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+
+
+@dataclass
+class SampleConfig(GenerateConfig):
+    """Phase 2: the instructed student answers the questions with and without the CoT prompt."""
+
+    train_file: list[str] = field(default_factory=list)
+    """Question files (demonstration files serve too)."""
+    prompt_style: list[PromptStyle] = field(default_factory=lambda: ["direct", "cot"])
+    """Prompt styles to answer with."""
+    num_samples: int = 4
+    """Completions to each question and prompt style."""
+    temperature: float = 0.7
+    """0 is greedy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(bool(self.train_file), "train_file", self.train_file, "at least one file")
+
+
+@dataclass
+class EvalConfig(GenerateConfig):
+    """Accuracy on questions with ground truth."""
+
+    eval_file: list[str] = field(default_factory=list)
+    """Question files."""
+    prompt_style: PromptStyle = "cot"
+    """Prompt style to answer with."""
+    scoring: Literal["generate", "options"] = "generate"
+    """generate: the model writes its answer. options: likeliest option (multiple choice only)."""
+    in_domain: list[str] = field(default_factory=list)
+    """Names of the data sets the student was trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(bool(self.eval_file), "eval_file", self.eval_file, "at least one file")
+
+
+@dataclass
+class PairConfig:
+    """Preference pairs from graded samples."""
+
+    samples_file: list[str]
+    """samples.jsonl files."""
+    output_dir: str
+    """Where pairs.jsonl and run.json go."""
+    demos_file: list[str] = field(default_factory=list)
+    """Teacher demonstrations, which stand in where the student has no right answer."""
+    policy: Literal["paper", "correctness", "mixed"] = "paper"
+    """paper: CoT over direct. correctness: right over wrong CoT. mixed: right CoT over any wrong."""
+    pair_prompt: PromptStyle = "cot"
+    """Prompt style of the pair's prompt."""
+    selection: Literal["uniform", "closest_length"] = "uniform"
+    """How pairs are picked when a question offers more than the cap."""
+    max_pairs_per_question: int = 1
+    """Cap per question."""
+    seed: int = 0
+    """Seed of the selection."""
+    overwrite_output_dir: bool = False
+    """Delete what output_dir holds and start afresh."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_pairs_per_question >= 1, "max_pairs_per_question",
+               self.max_pairs_per_question, "at least 1")
+        _check(bool(self.samples_file), "samples_file", self.samples_file, "at least one file")
+
+
+def check_keys(keys: list[str], cls: type, where: str) -> None:
+    """Raise InputError for a key that the config class does not have, naming the nearest one."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+            raise InputError(f"{where}: unknown key '{key}'; did you mean '{near}'?")
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML mapping. Raises InputError naming file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{place}: not YAML ({getattr(error, 'problem', error)})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values")
+    return values
+
+
+def to_flags(values: dict[str, Any]) -> list[str]:
+    """Config values as command-line words. None keeps the default."""
+    words = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def parse(cls: type[Config], stage: str, argv: list[str] | None = None) -> Config:
+    """Flags, and a YAML file or the stage's part of a recipe given by --config, as a config object."""
+    words: list[str] = []  # `--key=value` split, so that every flag stands alone
+    for word in sys.argv[1:] if argv is None else argv:
+        words += word.split("=", 1) if word.startswith("--") and "=" in word else [word]
+    values: dict[str, Any] = {}
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 == len(words):
+            raise InputError("--config: name a YAML file")
+        path = words[at + 1]
+        del words[at : at + 2]
+        values = read_yaml(path)
+        if "data" in values or stage in values:
+            from srit.recipe import stage_values  # recipe imports this module
+
+            values = stage_values(path, stage)
+        check_keys(list(values), cls, path)
+    flags = [word[2:] for word in words if word.startswith("--") and word != "--help"]
+    check_keys(flags, cls, "command line")
+    booleans = {f.name for f in dataclasses.fields(cls) if f.type is bool}
+    for at in reversed(range(len(words))):  # a bare `--packing` means True
+        bare = at + 1 == len(words) or words[at + 1].startswith("--")
+        if words[at][2:] in booleans and bare:
+            words.insert(at + 1, "True")
+    words = to_flags({k: v for k, v in values.items() if k not in flags}) + words
+    return tyro.cli(cls, args=words, prog=f"srit {stage}", use_underscores=True,
+                    config=(tyro.conf.FlagConversionOff,))
+
+
+def run(cls: type[Config], stage: str, main: Callable[[Config], None],
+        argv: list[str] | None = None) -> None:
+    """Parse and run one stage. Bad input ends it with one line and exit status 1."""
+    try:
+        main(parse(cls, stage, argv))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on where it stopped "
+                 "(training: with --resume_from_checkpoint auto)")

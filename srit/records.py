@@ -1,0 +1,125 @@
+"""JSON Lines in and out, checked row by row, and the counts every stage prints."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from srit.models.files import InputError, atomic_write
+
+TASKS = ("math", "choice")
+
+
+def read_lines(path: str | Path) -> list[tuple[str, dict]]:
+    """(place, row) of a JSON Lines file; place is "file:line". Raises InputError naming it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    rows = []
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: expected an object, got {type(row).__name__}")
+            rows.append((f"{path}:{number}", row))
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """All rows of a JSON Lines file."""
+    return [row for _, row in read_lines(path)]
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write rows atomically, one JSON object a line, UTF-8."""
+    with atomic_write(path) as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def require(row: dict, key: str, kind: type, where: str) -> None:
+    if key not in row:
+        raise InputError(f"{where}: the row has no field '{key}' (it has {sorted(row)})")
+    if not isinstance(row[key], kind):
+        raise InputError(
+            f"{where}: field '{key}' must be {kind.__name__}, got {type(row[key]).__name__}"
+        )
+
+
+def check_question(row: dict, where: str) -> dict:
+    """A question row as it should be, or InputError."""
+    for key in ("id", "task", "question", "answer"):
+        require(row, key, str, where)
+    if row["task"] not in TASKS:
+        raise InputError(f"{where}: field 'task' must be one of {TASKS}, got {row['task']!r}")
+    if not row["question"].strip():
+        raise InputError(f"{where}: field 'question' is empty")
+    if row["task"] == "choice":
+        require(row, "choices", dict, where)
+        if row["answer"] not in row["choices"]:
+            raise InputError(
+                f"{where}: answer {row['answer']!r} is not one of the choices {list(row['choices'])}"
+            )
+    return row
+
+
+def _read(path: str | Path, extra: tuple[str, ...]) -> list[dict]:
+    lines, seen = read_lines(path), {}
+    for where, row in lines:
+        check_question(row, where)
+        for key in extra:
+            require(row, key, str, where)
+        if row["id"] in seen:
+            raise InputError(f"{where}: id {row['id']!r} stands already at {seen[row['id']]}")
+        seen[row["id"]] = where
+    return [row for _, row in lines]
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """Question rows: `id, task, question, answer`, and `choices` for multiple choice."""
+    return _read(path, ())
+
+
+def read_demos(path: str | Path) -> list[dict]:
+    """Demonstrations: question rows with the teacher's `completion`."""
+    return _read(path, ("completion",))
+
+
+def dataset_name(path: str | Path) -> str:
+    """`svamp` for svamp/dev.jsonl, `questions` for questions.jsonl."""
+    path = Path(path)
+    return path.parent.name if path.stem in ("train", "dev", "test") else path.stem
+
+
+class Counts:
+    """Rows in = used + dropped by reason. Every row that enters a stage is counted once."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.used, self.dropped = name, 0, Counter()
+
+    def use(self, n: int = 1) -> None:
+        self.used += n
+
+    def drop(self, reason: str, n: int = 1) -> None:
+        self.dropped[reason] += n
+
+    def as_dict(self) -> dict:
+        return {
+            "in": self.used + sum(self.dropped.values()),
+            "used": self.used,
+            "dropped": dict(self.dropped),
+        }
+
+    def __str__(self) -> str:
+        total = self.used + sum(self.dropped.values())
+        reasons = "".join(f", {n:,} {reason}" for reason, n in self.dropped.most_common())
+        return f"{self.name}: {total:,} rows in = {self.used:,} used{reasons}"

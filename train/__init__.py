@@ -1,0 +1,1 @@
+"""The stages: one readable script each, run with python or torchrun."""

@@ -1,0 +1,159 @@
+"""Phase 2, self-refine: Direct Preference Optimization on the student's own answers.
+
+    L = − E log σ( β [log π_θ(y_w|x) − log π_inst(y_w|x)] − β [log π_θ(y_l|x) − log π_inst(y_l|x)] )
+                                                             (arXiv 2405.00402, §2.2; 2305.18290 eq. 7)
+
+π_θ starts as the instructed student π_inst, which stays the frozen reference. There is never a
+second model: its log-probs are computed once, before the first step, or (LoRA) with the adapter
+switched off.
+
+In:   pairs.jsonl (or TRL rows: prompt/chosen/rejected, strings or message lists)
+Out:  a model in Hugging Face layout, metrics.jsonl, run.json, checkpoint-N/
+
+    python train/dpo.py --model_name_or_path out/sft --train_file pairs.jsonl --output_dir out/dpo
+    torchrun --nproc_per_node 8 train/dpo.py --config runs/x.yaml
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srit import dist
+from srit.config import DPOConfig, run
+from srit.data import Batch, Schedule
+from srit.log import MetricsLog
+from srit.losses import chosen_nll, dpo_head, token_logps
+from srit.models import Decoder
+from srit.models.lora import disabled
+from srit.reference import collate_pairs, model_hash, pair_logps, reference_logps
+from srit.rows import Pair, read_pairs
+from srit.runs import claim_output_dir, write_run
+from srit.tokenizer import load_tokenizer
+from srit.training import Optimization, attach_lora, check_finite, load_for_training
+
+
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+           "logps/chosen", "logps/rejected")
+
+
+def score(model: Decoder, batch: Batch, ref_logps: Tensor,
+          cfg: DPOConfig) -> tuple[Tensor, Tensor]:
+    """Summed loss of a micro-batch of pairs, and the sums of METRICS, (7,)."""
+    logps = token_logps(model, batch)
+    losses, chosen_rewards, rejected_rewards, sums = dpo_head(
+        logps, batch.cu_targets, ref_logps, cfg.beta, cfg.loss_type, cfg.label_smoothing)
+    if cfg.rpo_alpha is not None:
+        losses = losses + cfg.rpo_alpha * chosen_nll(logps, batch.cu_targets)
+    metrics = torch.stack([
+        losses, chosen_rewards, rejected_rewards, (chosen_rewards > rejected_rewards).float(),
+        chosen_rewards - rejected_rewards, sums[0::2], sums[1::2],
+    ])
+    return losses.sum(), metrics.detach().sum(1)
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, pairs: list[Pair], ref: Tensor, micro_batches: list[list[int]],
+             cfg: DPOConfig, device: torch.device) -> dict[str, float]:
+    """Every metric of training on held-out pairs, each pair weighing the same."""
+    model.eval()
+    sums = torch.zeros(len(METRICS), device=device)
+    for rows in micro_batches[dist.rank() :: dist.world_size()]:
+        batch = collate_pairs([pairs[i] for i in rows]).to(device)
+        sums += score(model, batch, ref[rows].flatten(), cfg)[1]
+    model.train()
+    means = (dist.all_reduce_sum(sums) / len(pairs)).tolist()
+    return {f"eval_{name}": value for name, value in zip(METRICS, means, strict=True)}
+
+
+def main(cfg: DPOConfig) -> None:
+    started = time.time()
+    device = dist.setup(cfg.device)
+    if dist.rank() == 0:
+        claim_output_dir(cfg.output_dir, "dpo", cfg, resume=cfg.resume_from_checkpoint is not None)
+    dist.barrier()
+
+    tokenizer = load_tokenizer(cfg.model_name_or_path)
+    train, counts = read_pairs(cfg.train_file, tokenizer, cfg.max_length)
+    held_out, held_counts, eval_batches = [], None, []
+    if cfg.eval_file:
+        held_out, held_counts = read_pairs(cfg.eval_file, tokenizer, cfg.max_length)
+        held_counts.name = "evaluation pairs"
+        size = cfg.per_device_eval_batch_size
+        eval_batches = [list(range(i, min(i + size, len(held_out))))
+                        for i in range(0, len(held_out), size)]
+
+    model, config = load_for_training(cfg, tokenizer, device)
+    reference = model_hash(model)
+    schedule = Schedule(len(train), cfg.per_device_train_batch_size,
+                        cfg.gradient_accumulation_steps, dist.world_size(), cfg.seed,
+                        cfg.shuffle_dataset)
+    total = schedule.total_steps(cfg.num_train_epochs, cfg.max_steps)
+    ref = held_ref = torch.empty(0, 2, device=device)
+    if cfg.precompute_ref_log_probs:
+        first_epoch = [rows for step in range(min(total, schedule.steps_per_epoch))
+                       for rows in schedule.step(step, dist.rank())]
+        cache = Path(cfg.output_dir) / "ref_logps.jsonl"
+        ref = reference_logps(model, train, first_epoch, reference, cache, device)
+    if held_out:
+        held_ref = reference_logps(model, held_out, eval_batches[dist.rank() :: dist.world_size()],
+                                   reference, Path(cfg.output_dir) / "ref_logps_eval.jsonl", device)
+    if cfg.use_peft:
+        attach_lora(model, cfg)
+
+    opt = Optimization(cfg, model, config, tokenizer, schedule)
+    start = opt.resume(reference)
+    if dist.rank() == 0:
+        print(counts, *([held_counts] if held_counts else []), sep="\n")
+        print(f"{total} steps, {schedule.steps_per_epoch} an epoch")
+
+    log = MetricsLog(cfg.output_dir, start, total)
+    for step in range(start, total):
+        micro = [rows for rows in schedule.step(step, dist.rank()) if rows]
+        batches = [collate_pairs([train[i] for i in rows]) for rows in micro]
+        # (pairs, tokens) of the whole step, over micro-batches and ranks
+        sizes = torch.tensor([[len(r), b.input_ids.numel()]
+                              for r, b in zip(micro, batches, strict=True)] or [[0, 0]])
+        n_pairs, seen = dist.all_reduce_sum(sizes.sum(0).to(device)).tolist()
+
+        sums = torch.zeros(len(METRICS), device=device)
+        for rows, batch in zip(micro, batches, strict=True):
+            batch = batch.to(device)
+            if cfg.precompute_ref_log_probs:
+                ref_logps = ref[rows].flatten()
+            else:
+                with disabled(model):
+                    ref_logps = pair_logps(model, batch)
+            loss, metrics = score(model, batch, ref_logps, cfg)
+            (loss / n_pairs).backward()
+            sums += metrics
+        dist.all_reduce_sum(sums)
+        check_finite(sums[0], step + 1, [train[i].id for rows in micro for i in rows])
+        grad_norm = opt.step(step)
+        opt.state.num_tokens += seen
+
+        log.add({**dict(zip(METRICS, sums, strict=True)), "grad_norm": grad_norm * n_pairs},
+                n_pairs, seen)
+        values = {}
+        if opt.eval_due():
+            values = evaluate(model, held_out, held_ref, eval_batches, cfg, device)
+            opt.keep_best(values["eval_loss"])
+        if opt.log_due() or values:
+            log.row(step + 1, {"learning_rate": opt.learning_rate(step),
+                               "epoch": (step + 1) / schedule.steps_per_epoch,
+                               "num_tokens": opt.state.num_tokens, **values})
+        opt.checkpoint()
+    log.close()
+
+    opt.export()
+    if dist.rank() == 0:
+        write_run(cfg.output_dir, "dpo", cfg, [c for c in (counts, held_counts) if c], started,
+                  steps=total, num_tokens=opt.state.num_tokens, best_step=opt.state.best_step,
+                  reference=reference)
+        print(f"{cfg.output_dir}: model, metrics.jsonl, run.json")
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    run(DPOConfig, "dpo", main)

@@ -1,0 +1,120 @@
+"""Phase 1, instruct: fine-tune the student on a teacher's chain-of-thought demonstrations.
+
+    L(θ) = − Σ_t log π_θ(â_t | â_<t, q, i) / number of trained tokens        (arXiv 2405.00402, §2.1)
+
+i is the instruction, q the question, â the demonstration; prompt tokens are never trained. The sum
+is divided once by the trained tokens of the whole optimizer step, so neither gradient accumulation
+nor the number of GPUs changes the loss.
+
+In:   demonstrations (or TRL rows: prompt/completion, messages)
+Out:  a model in Hugging Face layout, metrics.jsonl, run.json, checkpoint-N/
+
+    python train/sft.py --model_name_or_path M --train_file demos.jsonl --output_dir out/sft
+    torchrun --nproc_per_node 8 train/sft.py --config runs/x.yaml
+"""
+
+import time
+
+import torch
+
+from srit import dist
+from srit.config import SFTConfig, run
+from srit.data import Schedule, collate, pack
+from srit.log import MetricsLog
+from srit.losses import token_logps
+from srit.models import Decoder
+from srit.rows import Example, read_sft
+from srit.runs import claim_output_dir, write_run
+from srit.tokenizer import load_tokenizer
+from srit.training import Optimization, attach_lora, check_finite, load_for_training
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, examples: list[Example], batch_size: int,
+             device: torch.device) -> float:
+    """Mean negative log-likelihood of the trained tokens, each token weighing the same."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
+    starts = range(dist.rank() * batch_size, len(examples), dist.world_size() * batch_size)
+    for start in starts:
+        batch = collate([e.tokens for e in examples[start : start + batch_size]]).to(device)
+        total[0] -= token_logps(model, batch).sum()
+        total[1] += len(batch.targets)
+    nll, tokens = dist.all_reduce_sum(total).tolist()
+    model.train()
+    return nll / tokens
+
+
+def main(cfg: SFTConfig) -> None:
+    started = time.time()
+    device = dist.setup(cfg.device)
+    if dist.rank() == 0:
+        claim_output_dir(cfg.output_dir, "sft", cfg, resume=cfg.resume_from_checkpoint is not None)
+    dist.barrier()
+
+    tokenizer = load_tokenizer(cfg.model_name_or_path)
+    train, counts = read_sft(cfg.train_file, tokenizer, cfg.max_length, cfg.prompt_style,
+                             cfg.filter_demos)
+    held_out, held_counts = [], None
+    if cfg.eval_file:
+        held_out, held_counts = read_sft(cfg.eval_file, tokenizer, cfg.max_length,
+                                         cfg.prompt_style, cfg.filter_demos)
+        held_counts.name = "evaluation demonstrations"
+
+    model, config = load_for_training(cfg, tokenizer, device)
+    if cfg.use_peft:
+        attach_lora(model, cfg)
+
+    lengths = [len(e.tokens.ids) for e in train]
+    units = pack(lengths, cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
+    schedule = Schedule(len(units), cfg.per_device_train_batch_size,
+                        cfg.gradient_accumulation_steps, dist.world_size(), cfg.seed,
+                        cfg.shuffle_dataset)
+    opt = Optimization(cfg, model, config, tokenizer, schedule)
+    start = opt.resume()
+    if dist.rank() == 0:
+        print(counts, *([held_counts] if held_counts else []), sep="\n")
+        print(f"{opt.total} steps, {schedule.steps_per_epoch} an epoch, {sum(lengths):,} tokens, "
+              f"{sum(sum(e.tokens.mask) for e in train):,} of them trained")
+
+    log = MetricsLog(cfg.output_dir, start, opt.total)
+    for step in range(start, opt.total):
+        micro = [[i for unit in units_ for i in units[unit]]
+                 for units_ in schedule.step(step, dist.rank())]
+        batches = [collate([train[i].tokens for i in rows]) for rows in micro if rows]
+        # (trained tokens, all tokens) of the whole step, over micro-batches and ranks
+        sizes = torch.tensor([[len(b.targets), b.input_ids.numel()] for b in batches] or [[0, 0]])
+        trained, seen = dist.all_reduce_sum(sizes.sum(0).to(device)).tolist()
+
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            part = -token_logps(model, batch.to(device)).sum() / trained
+            part.backward()
+            loss += part.detach()
+        dist.all_reduce_sum(loss)
+        check_finite(loss, step + 1, [train[i].id for rows in micro for i in rows])
+        grad_norm = opt.step(step)
+        opt.state.num_tokens += seen
+
+        log.add({"loss": loss * trained, "grad_norm": grad_norm * trained}, trained, seen)
+        values = {}
+        if opt.eval_due():
+            values["eval_loss"] = evaluate(model, held_out, cfg.per_device_eval_batch_size, device)
+            opt.keep_best(values["eval_loss"])
+        if opt.log_due() or values:
+            log.row(step + 1, {"learning_rate": opt.learning_rate(step),
+                               "epoch": (step + 1) / schedule.steps_per_epoch,
+                               "num_tokens": opt.state.num_tokens, **values})
+        opt.checkpoint()
+    log.close()
+
+    opt.export()
+    if dist.rank() == 0:
+        write_run(cfg.output_dir, "sft", cfg, [c for c in (counts, held_counts) if c], started,
+                  steps=opt.total, num_tokens=opt.state.num_tokens, best_step=opt.state.best_step)
+        print(f"{cfg.output_dir}: model, metrics.jsonl, run.json")
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    run(SFTConfig, "sft", main)
