@@ -125,7 +125,7 @@ class _LinearLogp(torch.autograd.Function):
         if stash is not None:
             dw = _weight_grad(stash, scaled_x, ctx.weight_dtype)
             if need_x:
-                dx = (scale * torch.mm(stash, w, out=dx)).to(x.dtype)
+                torch.mm(stash, w, out=dx).mul_(scale)
             return dx, dw.to(ctx.weight_dtype), None, None, None
         dw = torch.zeros_like(w, dtype=_wide(x.dtype))
         buffer, row_pass = _logits_buffer(ctx.rows, w), _row_pass(x.device)
@@ -134,7 +134,7 @@ class _LinearLogp(torch.autograd.Function):
             row_pass(g, targets[part], True)
             dw += _weight_grad(g, scaled_x[part], dw.dtype)
             if need_x:
-                dx[part] = scale[part] * torch.mm(g, w, out=dx[part])
+                torch.mm(g, w, out=dx[part]).mul_(scale[part])
         return dx, dw.to(ctx.weight_dtype), None, None, None
 
 

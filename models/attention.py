@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srit.models.cache import KVCache
+from srit.models.cache import STRIDE, KVCache
 
 
 @dataclass
@@ -20,14 +20,14 @@ class Layout:
     cu_seqlens: Tensor | None
     attention_mask: Tensor | None
     cache: KVCache | None
-    rows: Tensor | None
+    rows: Tensor | slice | None
     end: int = 0  # keys of the cache that any row may see
     lengths: list[int] = field(default_factory=list)  # of the packed sequences
     masks: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cache is not None:
-            self.end = int(self.positions.max()) + 1
+            self.end = (int(self.positions.max()) // STRIDE + 1) * STRIDE
         elif self.cu_seqlens is not None:
             self.lengths = self.cu_seqlens.diff().tolist()
 
@@ -98,6 +98,11 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale,
                                               enable_gqa=True)
     # One query a row: the heads that share keys become the queries of one head, nothing expanded.
-    q = q.view(B, k.shape[1], -1, hd)  # (B, K, H / K, hd)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask,
-                                          scale=scale).reshape(B, H, 1, hd)
+    q = q.reshape(B, k.shape[1], -1, hd)  # (B, K, H / K, hd)
+    if q.dtype == torch.float32 and q.device.type == "cpu":
+        # The fused fp32 kernel's last bits depend on the thread, so on where in the batch a row is.
+        scores = (keys @ q.transpose(-1, -2)).transpose(-1, -2) * scale  # (B, K, H / K, S)
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+    else:
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(B, H, 1, hd)

@@ -147,26 +147,31 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, **layout: Tensor | KVCache | None) -> Tensor:
         """(B, T) -> logits (B, T, V) in float32. Keywords as in `hidden`."""
-        hidden = self.hidden(input_ids, **layout)
+        return self.logits(self.hidden(input_ids, **layout))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V) in float32."""
         return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None,
                cu_seqlens: Tensor | None = None, attention_mask: Tensor | None = None,
-               cache: KVCache | None = None, rows: Tensor | None = None) -> Tensor:
+               cache: KVCache | None = None, rows: Tensor | slice | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, D) after the final norm, in the compute dtype.
 
         Three layouts:
           batch    nothing else, or attention_mask (B, T) with 1 for real tokens (either side padded)
           packed   cu_seqlens (S + 1,), B = 1: sequences one after the other, attending to themselves
-          cached   cache, the new tokens of `rows` (b,) of its slots, or of the first B slots
+          cached   cache, the new tokens of `rows` of its slots: a slice (read in place), an index
+                   tensor (b,), or None for the first B slots
         positions (B, T) default to counting real tokens, from the slot's length when cached. A
         cached call adds T to the lengths of its slots.
         """
         B, T = input_ids.shape
         device = input_ids.device
+        if cache is not None and rows is None:
+            rows = slice(B)
         if cache is not None and positions is None:
-            lengths = cache.lengths[:B] if rows is None else cache.lengths[rows]
-            positions = lengths[:, None] + torch.arange(T, device=device)
+            positions = cache.lengths[rows, None] + torch.arange(T, device=device)
         elif cu_seqlens is not None and positions is None:
             starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
             positions = (torch.arange(T, device=device) - starts)[None]
@@ -189,7 +194,7 @@ class Decoder(nn.Module):
             else:
                 x = block(x, rope, layout)
         if cache is not None:
-            cache.lengths[slice(B) if rows is None else rows] += T
+            cache.lengths[rows] += T
         return self.model.norm(x)
 
 

@@ -44,12 +44,12 @@ def question_messages(row: dict, prompt_style: str) -> list[Message]:
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
-    """The prompt as text, exactly as it is tokenised: BOS stands in it once if the model wants it."""
-    if isinstance(prompt, str):
-        if tokenizer.adds_bos and not prompt.startswith(tokenizer.bos_token):
-            return tokenizer.bos_token + prompt
-        return prompt
-    return tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True)
+    """The prompt exactly as tokenised: with the template's BOS, or one put before plain text."""
+    if not isinstance(prompt, str):
+        return tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True)
+    if tokenizer.adds_bos and not prompt.startswith(tokenizer.bos_token):
+        return tokenizer.bos_token + prompt
+    return prompt
 
 
 def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
@@ -59,24 +59,20 @@ def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
     Both are tokenised on their own and joined: that is what generation sees, and no token merges
     across the border. The completion is trained, and behind it exactly one turn end (EOS for plain
     text). In a conversation the space around the completion is cut, since templates set their own;
-    in plain text it belongs to the completion.
+    in plain text it belongs to the completion. Raises InputError for an empty completion.
     """
+    plain = isinstance(prompt, str)
     text = prompt_text(tokenizer, prompt)
-    ids = tokenizer.encode(text)
+    if plain and text != prompt:  # some tokenizers treat the start of a text apart, even behind BOS
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    else:
+        ids = tokenizer.encode(text)
     if completion is None:
         return Rendered(ids, [False] * len(ids), text)
-    plain = isinstance(prompt, str)
     if not isinstance(completion, str):
         completion = _one_turn(completion)
-    end = tokenizer.eos_id if plain else tokenizer.turn_end_id
-    if end is None:
-        raise InputError(f"{tokenizer.source}: no eos_token to end plain text with")
-    answer = tokenizer.encode(completion if plain else completion.strip())
-    while answer and answer[-1] in (end, tokenizer.eos_id):
-        answer.pop()
-    if not answer:
-        raise InputError("the completion is empty")
-    answer.append(end)
+    answer = tokenizer.encode(_without_end(tokenizer, completion, plain))
+    answer.append(tokenizer.eos_id if plain else tokenizer.turn_end_id)
     return Rendered(ids + answer, [False] * len(ids) + [True] * len(answer), text)
 
 
@@ -84,9 +80,14 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
     """A whole conversation; every assistant turn is trained, with its turn end.
 
     The mask comes from the structure: the text up to a turn, with the generation prompt, has to be
-    a prefix of the text with that turn. A template for which it is not raises InputError.
+    a prefix of the text with that turn. Raises InputError for a template for which it is not, or
+    which does not end turns, and for a conversation without an assistant.
     """
-    messages = _messages(messages)
+    messages = [
+        {**m, "content": _without_end(tokenizer, m["content"])} if m["role"] == "assistant" else m
+        for m in _messages(messages)
+    ]
+    end = tokenizer.backend.id_to_token(tokenizer.turn_end_id)
     ids: list[int] = []
     mask: list[bool] = []
     done = ""
@@ -94,18 +95,39 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
         if message["role"] != "assistant":
             continue
         before = tokenizer.apply_chat_template(messages[:at], add_generation_prompt=True)
-        if not before.startswith(done):
+        after = tokenizer.apply_chat_template(messages[: at + 1], add_generation_prompt=False)
+        if not (before.startswith(done) and after.startswith(before)):
             raise InputError("the chat template rewrites earlier turns; train on prompt/completion "
                              "rows instead")
-        prompt = tokenizer.encode(before[len(done) :])
-        answer = [*tokenizer.encode(message["content"].strip()), tokenizer.turn_end_id]
-        ids += prompt + answer
-        mask += [False] * len(prompt) + [True] * len(answer)
-        end = tokenizer.decode([tokenizer.turn_end_id], skip_special_tokens=False)
-        done = before + message["content"].strip() + end
+        answer, ended, _ = after[len(before) :].rpartition(end)
+        if not ended:
+            raise InputError(f"the chat template does not end an assistant turn with {end!r}; "
+                             "train on prompt/completion rows instead")
+        # Behind a turn's end the text goes on, for tokenizers that treat the start of a text apart.
+        prompt = tokenizer.encode((end if done else "") + before[len(done) :])[1 if done else 0 :]
+        trained = [*tokenizer.encode(answer), tokenizer.turn_end_id]
+        ids += prompt + trained
+        mask += [False] * len(prompt) + [True] * len(trained)
+        done = before + answer + end
     if not ids:
         raise InputError("the conversation has no assistant turn")
     return Rendered(ids, mask, done)
+
+
+def _without_end(tokenizer: Tokenizer, text: str, plain: bool = False) -> str:
+    """A completion without the turn end that some data sets write into it."""
+    ends = [tokenizer.eos_token]
+    if not plain:
+        ends.append(tokenizer.backend.id_to_token(tokenizer.turn_end_id))
+    before = None
+    while text != before:
+        before = text
+        for end in ends:
+            text = text.removesuffix(end)
+        text = text if plain else text.strip()
+    if not text.strip():
+        raise InputError("the completion is empty")
+    return text
 
 
 def _messages(messages: Sequence[Message]) -> list[Message]:

@@ -133,7 +133,6 @@ class _Slots:
         size = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
         self.cache = KVCache(model.config, size, max_length, model.compute_dtype, device)
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)  # fed next
-        self.lengths = torch.full((size,), len(prefix), device=device)  # in the cache
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)  # generated
         self.output = torch.zeros(size, max_new_tokens, dtype=torch.int64, device=device)
         self.uniforms = torch.zeros(size, max_new_tokens, dtype=torch.float64, device=device)
@@ -141,7 +140,8 @@ class _Slots:
         if prefix:
             self._prefill([prefix], 0, 0)
             for row in range(1, size):
-                self.cache.copy_row(0, row, 0, len(prefix))
+                self.cache.copy(0, row, 0, len(prefix))
+            self.cache.lengths.fill_(len(prefix))
 
     def _prefill(self, sequences: list[Sequence[int]], row: int, start: int) -> None:
         """Write tokens `start` and later of every sequence to the cache slots from `row` on."""
@@ -155,9 +155,8 @@ class _Slots:
             if width == 0:
                 continue
             ids = [[*s[start:], *[0] * (width + start - len(s))] for s in part]
-            positions = torch.arange(start, start + width, device=device).expand(len(part), -1)
-            self.model.hidden(torch.tensor(ids, device=device), positions=positions,
-                              cache=self.cache.narrow(row + at, len(part)))
+            self.model.hidden(torch.tensor(ids, device=device), cache=self.cache,
+                              rows=slice(row + at, row + at + len(part)))
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Put each request behind the active rows, with all but its last prompt token cached."""
@@ -174,9 +173,9 @@ class _Slots:
         for row, request in enumerate(fresh + copies, n):
             length = len(request.prompt_ids) - 1
             if (source := holders[tuple(request.prompt_ids)]) != row:
-                self.cache.copy_row(source, row, self.prefix, length)
+                self.cache.copy(source, row, self.prefix, length)
             self.tokens[row] = request.prompt_ids[-1]
-            self.lengths[row] = length
+            self.cache.lengths[row] = length
             self.steps[row] = 0
             # Raw Philox words: unlike numpy's distributions, their stream never changes.
             words = np.random.Philox(key=request.seed).random_raw(self.uniforms.shape[1])
@@ -187,8 +186,8 @@ class _Slots:
         """Decode one token in every active row; the rows that ended leave. `stop` is (V,) bool."""
         n = len(self.requests)
         m = -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
-        hidden = self.model.hidden(self.tokens[:m, None], positions=self.lengths[:m, None],
-                                   cache=self.cache.narrow(0, m))[:, 0]  # (m, D)
+        hidden = self.model.hidden(self.tokens[:m, None], cache=self.cache)[:, 0]  # (m, D)
+        self.cache.lengths[n:] = self.prefix  # the filler rows write one free position, always
         if not hidden.isfinite().all():
             raise InputError("the model's activations are not finite: the checkpoint is broken, or "
                              "overflows in this dtype")
@@ -197,7 +196,6 @@ class _Slots:
         token = pick(logits, self.uniforms[index, steps], **sampling)
         self.output[index, steps] = token
         self.tokens[:n] = token
-        self.lengths[:n] += 1
         self.steps[:n] += 1
         stopped = stop[token]
         ended = (stopped | (self.steps[:n] == self.output.shape[1])).nonzero()[:, 0].tolist()
@@ -213,11 +211,11 @@ class _Slots:
         """Free a row; the last active row moves into the gap."""
         last = len(self.requests) - 1
         if row != last:
-            self.cache.copy_row(last, row, self.prefix, int(self.lengths[last]))
-            for state in (self.tokens, self.lengths, self.steps, self.output, self.uniforms):
+            self.cache.copy(last, row, self.prefix, int(self.cache.lengths[last]))
+            for state in (self.cache.lengths, self.tokens, self.steps, self.output, self.uniforms):
                 state[row] = state[last]
             self.requests[row] = self.requests[last]
-        self.lengths[last] = self.prefix  # computed along as filler: keep it short
+        self.cache.lengths[last] = self.prefix
         self.steps[last] = 0
         self.requests.pop()
 

@@ -18,9 +18,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from srit.models.files import InputError, atomic_write
 from srit.models.load import resolve
 
-# Alpaca's layout, for checkpoints that bring no template of their own.
+# Alpaca's layout, for checkpoints that bring no template of their own. BOS goes in front of it when
+# the tokenizer puts one before plain text.
 DEFAULT_TEMPLATE = """\
-{%- if adds_bos %}{{ bos_token }}{% endif -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 ### Response:
@@ -40,13 +40,25 @@ DEFAULT_TEMPLATE = """\
 {% endif -%}
 """
 SENTINEL = "\u241f"
+KEPT_SETTINGS = ("unk_token", "add_bos_token", "model_max_length")
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for other trainers; nothing is done here."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Tokenizer:
     """Text to ids and back, and the ids with a meaning.
 
-    bos_id, eos_id, pad_id: int or None. turn_end_id: the token that ends an assistant's turn.
+    eos_id: int; bos_id, pad_id: int or None. turn_end_id: the token that ends an assistant's turn.
     stop_ids: every id that ends a generation. adds_bos: plain text of this model begins with BOS.
+    vocab_size: one more than the highest id.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any],
@@ -54,44 +66,47 @@ class Tokenizer:
         self.backend, self.settings, self.source = backend, settings, source
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.added = backend.get_added_tokens_decoder()
         self.bos_token, self.bos_id = self._special("bos_token")
         self.eos_token, self.eos_id = self._special("eos_token")
-        self.pad_token, self.pad_id = self._special("pad_token")
-        self.vocab_size = backend.get_vocab_size()
-        first = backend.encode("a").ids[:1]
+        self.pad_token, self.pad_id = self._special("pad_token", required=False)
+        if self.eos_id is None:
+            raise InputError(f"{source}: no eos_token; add it to tokenizer_config.json")
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        explicit = settings.get("add_bos_token")
         self.adds_bos = self.bos_id is not None and (
-            first == [self.bos_id] or bool(settings.get("add_bos_token")))
-        self.chat_template = template if template is not None else DEFAULT_TEMPLATE
+            backend.encode("a").ids[0] == self.bos_id if explicit is None else bool(explicit))
+        if template is None:
+            template = ("{{- bos_token -}}\n" if self.adds_bos else "") + DEFAULT_TEMPLATE
+        self.chat_template = template
         self.turn_end_id = self._turn_end()
-        named = (self.eos_id, self.turn_end_id, *stop_ids)
-        self.stop_ids = frozenset(i for i in named if i is not None)
+        self.stop_ids = frozenset((self.eos_id, self.turn_end_id, *stop_ids))
 
-    def _special(self, name: str) -> tuple[str | None, int | None]:
+    def _special(self, name: str, required: bool = True) -> tuple[str | None, int | None]:
         value = self.settings.get(name)
         token = value["content"] if isinstance(value, dict) else value
-        if token is None:
-            return None, None
-        index = self.backend.token_to_id(token)
-        if index is None:
+        index = None if token is None else self.backend.token_to_id(token)
+        if token is not None and index is None and required:
             raise InputError(f"{self.source}: {name} {token!r} is not in the vocabulary")
-        return token, index
+        return (token, index) if index is not None else (None, None)
 
     def _turn_end(self) -> int:
-        """What follows an assistant's words in the template, if that is a special token; else EOS."""
+        """The added token that follows an assistant's words in the template, else EOS."""
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-        after = self.apply_chat_template(talk, False).rpartition(SENTINEL)[2]
-        ids = self.encode(after)[:1]
-        added = self.backend.get_added_tokens_decoder()
-        if ids and ids[0] in added and added[ids[0]].special:
-            return ids[0]
-        if self.eos_id is None:
-            raise InputError(f"{self.source}: neither an eos_token nor a special token that ends a "
-                             "turn in the chat template; add eos_token to tokenizer_config.json")
-        return self.eos_id
+        try:
+            after = self.apply_chat_template(talk, False).rpartition(SENTINEL)[2]
+        except InputError:  # a template for other roles is no reason not to load plain text's model
+            return self.eos_id
+        first = self.encode(after.lstrip())[:1]  # some templates put a space before the turn's end
+        return first[0] if first and first[0] in self.added else self.eos_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands: special tokens in it are parsed, none is added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise InputError("the text is not valid Unicode (half of a surrogate pair): "
+                             f"{text[:60]!r}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -102,24 +117,26 @@ class Tokenizer:
             raise jinja2.TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
         environment.globals["raise_exception"] = fail
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent)
+        # Jinja's own tojson escapes HTML
+        environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+            value, ensure_ascii=ensure_ascii, **options)
         return environment.from_string(self.chat_template)
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]],
                             add_generation_prompt: bool) -> str:
         """The conversation as text. Raises InputError with the template's own complaint."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: self.settings[name] for name in names if self.settings.get(name)}
+        tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token or "", eos_token=self.eos_token or "",
-                pad_token=self.pad_token or "", adds_bos=self.adds_bos)
+            return self._template.render(messages=list(messages), tools=None, documents=None,
+                                         add_generation_prompt=add_generation_prompt, **tokens)
         except jinja2.TemplateError as error:
             raise InputError(f"{self.source}: chat template: {error}") from None
-        except (TypeError, KeyError, ValueError, OverflowError) as error:
+        except Exception as error:  # whatever the template's code does wrong is the checkpoint's
             raise InputError(f"{self.source}: chat template failed: {error!r}") from None
 
     def save(self, directory: str | Path) -> None:
@@ -127,8 +144,9 @@ class Tokenizer:
         directory = Path(directory)
         with atomic_write(directory / "tokenizer.json") as handle:
             handle.write(self.backend.to_str())
-        settings = {k: v for k, v in self.settings.items() if k != "chat_template"}
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast",
+                    "clean_up_tokenization_spaces": False}
+        settings |= {k: self.settings[k] for k in KEPT_SETTINGS if k in self.settings}
         specials = {k: v for k, v in (("bos_token", self.bos_token), ("eos_token", self.eos_token),
                                       ("pad_token", self.pad_token)) if v is not None}
         generation = {k: v for k, v in (("bos_token_id", self.bos_id),
@@ -140,12 +158,8 @@ class Tokenizer:
             with atomic_write(directory / name) as handle:
                 json.dump(value, handle, indent=2, ensure_ascii=False)
                 handle.write("\n")
-        template = self.chat_template
-        if template == DEFAULT_TEMPLATE:  # other readers do not know adds_bos
-            template = template.replace("{%- if adds_bos %}{{ bos_token }}{% endif -%}\n",
-                                        "{{- bos_token -}}\n" if self.adds_bos else "")
         with atomic_write(directory / "chat_template.jinja") as handle:
-            handle.write(template)
+            handle.write(self.chat_template)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -154,7 +168,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if path.suffix == ".gguf":
         from srit.gguf_tokenizer import read_gguf_tokenizer
 
-        return Tokenizer(*read_gguf_tokenizer(path), source=str(path))
+        return Tokenizer(*read_gguf_tokenizer(path), str(path))
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{path}: no tokenizer.json; convert the tokenizer with "
@@ -164,23 +178,36 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{file}: damaged or not a tokenizer ({error})") from None
     settings = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    jinja = path / "chat_template.jinja"
-    if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
     stops: list[int] = []
     for source in ("generation_config.json", "config.json"):
         value = _json(path / source).get("eos_token_id")
         stops += value if isinstance(value, list) else [] if value is None else [value]
-    return Tokenizer(backend, settings, template, stops, str(path))
+    if settings.get("eos_token") is None and stops:
+        settings["eos_token"] = backend.id_to_token(stops[0])
+    return Tokenizer(backend, settings, _chat_template(path, settings), stops, str(path))
+
+
+def _chat_template(path: Path, settings: dict[str, Any]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if not isinstance(template, list):
+        return template
+    named = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in named:
+        raise InputError(f"{path}: chat templates {sorted(named)}, none is 'default'; put the one "
+                         "to use into chat_template.jinja")
+    return named["default"]
 
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is expected")
+    return value
