@@ -8,6 +8,8 @@ A segment's sum has the same order in both forward kernels (`sum_segment`), so a
 `segment_sum` cancels exactly against a policy with equal log-probabilities.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -154,8 +156,8 @@ class DPOHead(torch.autograd.Function):
     def forward(ctx, logps, cu_seqlens, ref_logps, beta, loss_type, label_smoothing):
         pairs = len(ref_logps) // 2
         cu_seqlens = cu_seqlens.contiguous()
-        losses, chosen, rejected = logps.new_empty(3, pairs, dtype=torch.float32).unbind()
-        sums, slopes = logps.new_empty(2, 2 * pairs, dtype=torch.float32).unbind()
+        new = partial(torch.empty, dtype=torch.float32, device=logps.device)
+        losses, chosen, rejected, sums, slopes = map(new, [pairs] * 3 + [2 * pairs] * 2)
         if pairs:
             head_kernel[(pairs,)](
                 _float_vector(logps),

@@ -231,7 +231,9 @@ def test_a2_a12_two_ranks_are_one(tiny, tmp_path):
 def test_output_dir_of_another_run_is_left_alone(tiny, tmp_path):
     out = run_sft(tiny, tmp_path, "out", max_steps=1)
     before = (out / "model.safetensors").read_bytes()
-    file = [str(tmp_path / "out.jsonl")]
+    file = [str(write_rows(tmp_path / "again.jsonl", DEMOS))]
+    (out / "run.json").write_text((out / "run.json").read_text().replace("out.jsonl",
+                                                                         "again.jsonl"))
     again = {**QUIET, "max_steps": 1}
     with pytest.raises(InputError, match="already holds this run; continue it with"):
         sft.main(SFTConfig(str(tiny), file, str(out), **again))
