@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from srit import dist
-from srit.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from srit.checkpoint import load_weights, save_weights
+from srit.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 from srit.config import TrainConfig
 from srit.data import Schedule
 from srit.models import Decoder, ModelConfig, load_model, save_model
@@ -30,11 +36,16 @@ def load_for_training(cfg: TrainConfig, tokenizer: Tokenizer,
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
                          f"tokens, the model only {config.vocab_size}; they do not belong together")
-    if cfg.max_length > config.max_position_embeddings:
-        raise InputError(f"--max_length {cfg.max_length}: the model was built for "
-                         f"{config.max_position_embeddings} positions")
     model.gradient_checkpointing = cfg.gradient_checkpointing
     return model.train(), config
+
+
+def longest_row(cfg: TrainConfig, config: ModelConfig) -> int:
+    """max_length, or what the model was built for when that is less."""
+    if cfg.max_length > config.max_position_embeddings and dist.rank() == 0:
+        print(f"max_length {cfg.max_length} is beyond the model's "
+              f"{config.max_position_embeddings} positions, which limit it")
+    return min(cfg.max_length, config.max_position_embeddings)
 
 
 def attach_lora(model: Decoder, cfg: TrainConfig) -> None:

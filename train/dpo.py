@@ -31,7 +31,13 @@ from srit.reference import collate_pairs, model_hash, pair_logps, reference_logp
 from srit.rows import Pair, read_pairs
 from srit.runs import claim_output_dir, write_run
 from srit.tokenizer import load_tokenizer
-from srit.training import Optimization, attach_lora, check_finite, load_for_training
+from srit.training import (
+    Optimization,
+    attach_lora,
+    check_finite,
+    load_for_training,
+    longest_row,
+)
 
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -75,16 +81,17 @@ def main(cfg: DPOConfig) -> None:
     dist.barrier()
 
     tokenizer = load_tokenizer(cfg.model_name_or_path)
-    train, counts = read_pairs(cfg.train_file, tokenizer, cfg.max_length)
+    model, config = load_for_training(cfg, tokenizer, device)
+    max_length = longest_row(cfg, config)
+    train, counts = read_pairs(cfg.train_file, tokenizer, max_length)
     held_out, held_counts, eval_batches = [], None, []
     if cfg.eval_file:
-        held_out, held_counts = read_pairs(cfg.eval_file, tokenizer, cfg.max_length)
+        held_out, held_counts = read_pairs(cfg.eval_file, tokenizer, max_length)
         held_counts.name = "evaluation pairs"
         size = cfg.per_device_eval_batch_size
         eval_batches = [list(range(i, min(i + size, len(held_out))))
                         for i in range(0, len(held_out), size)]
 
-    model, config = load_for_training(cfg, tokenizer, device)
     reference = model_hash(model)
     schedule = Schedule(len(train), cfg.per_device_train_batch_size,
                         cfg.gradient_accumulation_steps, dist.world_size(), cfg.seed,

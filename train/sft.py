@@ -26,7 +26,13 @@ from srit.models import Decoder
 from srit.rows import Example, read_sft
 from srit.runs import claim_output_dir, write_run
 from srit.tokenizer import load_tokenizer
-from srit.training import Optimization, attach_lora, check_finite, load_for_training
+from srit.training import (
+    Optimization,
+    attach_lora,
+    check_finite,
+    load_for_training,
+    longest_row,
+)
 
 
 @torch.no_grad()
@@ -53,20 +59,20 @@ def main(cfg: SFTConfig) -> None:
     dist.barrier()
 
     tokenizer = load_tokenizer(cfg.model_name_or_path)
-    train, counts = read_sft(cfg.train_file, tokenizer, cfg.max_length, cfg.prompt_style,
+    model, config = load_for_training(cfg, tokenizer, device)
+    max_length = longest_row(cfg, config)
+    train, counts = read_sft(cfg.train_file, tokenizer, max_length, cfg.prompt_style,
                              cfg.filter_demos)
     held_out, held_counts = [], None
     if cfg.eval_file:
-        held_out, held_counts = read_sft(cfg.eval_file, tokenizer, cfg.max_length,
-                                         cfg.prompt_style, cfg.filter_demos)
+        held_out, held_counts = read_sft(cfg.eval_file, tokenizer, max_length, cfg.prompt_style,
+                                         cfg.filter_demos)
         held_counts.name = "evaluation demonstrations"
-
-    model, config = load_for_training(cfg, tokenizer, device)
     if cfg.use_peft:
         attach_lora(model, cfg)
 
     lengths = [len(e.tokens.ids) for e in train]
-    units = pack(lengths, cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
+    units = pack(lengths, max_length) if cfg.packing else [[i] for i in range(len(train))]
     schedule = Schedule(len(units), cfg.per_device_train_batch_size,
                         cfg.gradient_accumulation_steps, dist.world_size(), cfg.seed,
                         cfg.shuffle_dataset)
