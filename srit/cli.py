@@ -5,7 +5,7 @@ import sys
 
 COMMANDS = {
     "run": ("the whole method from one recipe", "srit.pipeline", "RunConfig"),
-    "report": ("HTML and Markdown page of a finished run", "srit.pipeline", "ReportConfig"),
+    "report": ("HTML and Markdown page of a run", "srit.report", "ReportConfig"),
     "demo": ("the method on a small world that it makes itself", "srit.demo", "DemoConfig"),
     "demos": ("ask a teacher model for demonstrations", "srit.teacher", "DemosConfig"),
     "data": ("convert a published data set to questions", "srit.datasets", "DataConfig"),
@@ -29,7 +29,7 @@ def main() -> None:
     module = importlib.import_module(module_name)
     from srit.config import run
 
-    run(getattr(module, config_name), name, getattr(module, "main", None), sys.argv[2:])
+    run(getattr(module, config_name), name, module.main, sys.argv[2:])
 
 
 if __name__ == "__main__":

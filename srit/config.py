@@ -313,7 +313,8 @@ def parse(cls: type[Config], stage: str, argv: list[str] | None = None) -> Confi
     for word in sys.argv[1:] if argv is None else argv:
         words += word.split("=", 1) if word.startswith("--") and "=" in word else [word]
     values: dict[str, Any] = {}
-    if "--config" in words:
+    own = any(f.name == "config" for f in dataclasses.fields(cls))  # `srit run` reads it itself
+    if "--config" in words and not own:
         at = words.index("--config")
         if at + 1 == len(words):
             raise InputError("--config: name a YAML file")

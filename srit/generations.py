@@ -1,0 +1,162 @@
+"""Questions in, graded generations out: what `sample` and `eval` have in common.
+
+Rows are appended to a file as they end, and the file is put in order when all are there. A run that
+was killed goes on where it stopped, and ends with the same bytes as one that was not.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from srit import dist
+from srit.answers import grade
+from srit.config import GenerateConfig
+from srit.models import Decoder
+from srit.models.files import InputError
+from srit.prompts import question_messages, render
+from srit.records import Counts, dataset_name, read_lines, read_questions, write_jsonl
+from srit.sampling import Request, Result, generate, request_seed, shared_prefix
+from srit.tokenizer import Tokenizer
+
+Key = tuple[str, str, str, int]  # dataset, id, prompt style, sample
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question in one prompt style, ready to be answered."""
+
+    row: dict
+    file: str
+    dataset: str
+    style: str
+    ids: tuple[int, ...]
+    text: str
+
+    def key(self, sample: int) -> Key:
+        return self.dataset, self.row["id"], self.style, sample
+
+
+def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokenizer,
+                 limit: int | None) -> list[Prompt]:
+    """The questions of all files, each in all styles. Raises InputError for an id seen twice."""
+    prompts, seen = [], {}
+    for file in files:
+        dataset = dataset_name(file)
+        for row in read_questions(file)[:limit]:
+            if (other := seen.setdefault((dataset, row["id"]), file)) != file:
+                raise InputError(f"{file}: id {row['id']!r} of data set {dataset!r} stands in "
+                                 f"{other} too")
+            for style in styles:
+                rendered = render(tokenizer, question_messages(row, style))
+                prompts.append(Prompt(row, file, dataset, style, tuple(rendered.ids),
+                                      rendered.text))
+    return prompts
+
+
+def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], path: Path,
+               cfg: GenerateConfig) -> list[dict]:
+    """Write `cfg.num_samples` graded rows for every prompt to `path`, and return them in order.
+
+    Ranks share the questions; each appends to a file of its own, and rank 0 merges them.
+    """
+    rank, world = dist.rank(), dist.world_size()
+    own = path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}")
+    cut_torn_line(own)
+    dist.barrier()
+    done = {row_key(row): row["correct"] for row in read_parts(path)}
+    dist.barrier()  # nobody appends before everybody has read
+
+    by_key = {p.key(s): (p, s) for p in prompts for s in range(cfg.num_samples)}
+    if unknown := done.keys() - by_key.keys():
+        raise InputError(f"{path}: holds rows that this run does not ask for, such as "
+                         f"{next(iter(unknown))}; have the questions changed?")
+    requests = [Request(key, p.ids, request_seed(cfg.seed, p.row["id"], s, p.style))
+                for at, p in enumerate(prompts) if at % world == rank
+                for s in range(cfg.num_samples) if (key := p.key(s)) not in done]
+    log = _Progress(len(by_key), list(done.values()), disable=rank > 0)
+    with open(own, "a", encoding="utf-8") as handle:
+        def write(request: Request, result: Result) -> None:
+            prompt, sample = by_key[request.key]
+            row = make_row(prompt, sample, result, tokenizer, cfg.seed)
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            handle.flush()
+            log.add(row)
+
+        generate(model, requests, stop_ids=tokenizer.stop_ids, on_finish=write,
+                 max_new_tokens=cfg.max_new_tokens, slots=cfg.per_device_batch_size,
+                 temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
+                 prefix=shared_prefix([p.ids for p in prompts]))
+    log.close()
+    dist.barrier()
+    rows = {row_key(row): row for row in read_parts(path)}
+    rows = [rows[key] for key in by_key]
+    dist.barrier()
+    if rank == 0:
+        write_jsonl(path, rows)
+        for part in part_files(path):
+            part.unlink()
+    dist.barrier()
+    return rows
+
+
+def make_row(prompt: Prompt, sample: int, result: Result, tokenizer: Tokenizer, seed: int) -> dict:
+    """A row of samples.jsonl: the question, the generation, and its grade."""
+    text = tokenizer.decode(result.ids)
+    judged = grade(text, prompt.row)
+    keys = ("id", "task", "question", "choices", "answer")
+    row = {key: prompt.row[key] for key in keys if key in prompt.row}
+    return row | {
+        "dataset": prompt.dataset, "sample": sample, "prompt_style": prompt.style,
+        "prompt": prompt.text, "text": text, "seed": seed, "n_tokens": len(result.ids),
+        "finished": result.finished, "extracted": judged.extracted, "correct": judged.correct,
+        "correct_strict": judged.strict_correct,
+    }
+
+
+def row_key(row: dict) -> Key:
+    return row["dataset"], row["id"], row["prompt_style"], row["sample"]
+
+
+def part_files(path: Path) -> list[Path]:
+    """What ranks above 0 have written."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+
+
+def read_parts(path: Path) -> list[dict]:
+    """The rows that all ranks have written so far."""
+    files = [file for file in (path, *part_files(path)) if file.is_file() and file.stat().st_size]
+    return [row for file in files for _, row in read_lines(file)]
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop a last line that a killed run did not write to its end."""
+    if path.is_file():
+        data = path.read_bytes()
+        with open(path, "r+b") as handle:
+            handle.truncate(data.rfind(b"\n") + 1)
+
+
+class _Progress:
+    """A bar with speed and running accuracy; of rank 0's share when there are several."""
+
+    def __init__(self, total: int, done: Sequence[bool], disable: bool) -> None:
+        self.n, self.correct, self.tokens = len(done), sum(done), 0
+        self.started = time.perf_counter()
+        self.bar = tqdm(total=total // dist.world_size(), initial=self.n // dist.world_size(),
+                        unit="sample", dynamic_ncols=True, disable=disable)
+
+    def add(self, row: dict) -> None:
+        self.n, self.correct = self.n + 1, self.correct + row["correct"]
+        self.tokens += row["n_tokens"]
+        speed = self.tokens / (time.perf_counter() - self.started)
+        self.bar.set_postfix_str(f"{speed:.0f} tokens/s, correct {self.correct / self.n:.1%}",
+                                 refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,99 @@
+"""`srit run`: every stage of a recipe in turn, finished ones skipped, each in a process of its own."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from srit.config import parse, to_flags
+from srit.models.files import InputError, atomic_write
+from srit.recipe import KINDS, Stage, read_recipe, stages
+from srit.runs import config_difference, read_run
+
+
+@dataclass
+class RunConfig:
+    """The whole method from one recipe: evaluate, instruct, evaluate, self-refine, evaluate."""
+
+    config: str
+    """Recipe (YAML)."""
+    output_dir: str | None = None
+    """Instead of the recipe's."""
+    seed: int | None = None
+    """Instead of the recipe's."""
+    device: str | None = None
+    """Instead of the recipe's."""
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the stage's directory holds this very stage, finished. Another one: InputError."""
+    run = read_run(stage.output_dir)
+    if run is None:
+        return False
+    if run["stage"] != stage.kind:
+        raise InputError(f"{stage.output_dir} holds a run of stage '{run['stage']}'; choose another "
+                         "output_dir")
+    wanted = dataclasses.asdict(parse(KINDS[stage.kind], stage.kind, to_flags(stage.values)))
+    if difference := config_difference(run["config"], wanted):
+        raise InputError(f"{stage.output_dir} holds another run: {difference}; choose another "
+                         "output_dir, or remove that directory")
+    steps = ("max_steps", "num_train_epochs")
+    same_length = all(run["config"].get(k) == wanted.get(k) for k in steps)
+    return run["finished"] and same_length
+
+
+def run_stage(stage: Stage) -> None:
+    """Run one stage; its exit status other than 0 ends this process with the same."""
+    flags = to_flags(stage.values)
+    if stage.kind in ("sft", "dpo") and "resume_from_checkpoint" not in stage.values:
+        flags += ["--resume_from_checkpoint", "auto"]
+    command = [sys.executable, "-m", f"srit.train.{stage.kind}", *flags]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def main(cfg: RunConfig) -> None:
+    recipe = read_recipe(cfg.config)
+    for key in ("output_dir", "seed", "device"):
+        if getattr(cfg, key) is not None:
+            recipe[key] = getattr(cfg, key)
+    plan = stages(recipe)
+    root = Path(recipe["output_dir"])
+    with atomic_write(root / "recipe.yaml") as handle:
+        yaml.safe_dump(recipe, handle, sort_keys=False)
+    for number, stage in enumerate(plan, 1):
+        mark = f"[{number}/{len(plan)}] {stage.name}"
+        if is_finished(stage):
+            print(f"{mark}: finished before", flush=True)
+            continue
+        print(mark, flush=True)
+        started = time.time()
+        run_stage(stage)
+        print(f"{mark}: {(time.time() - started) / 60:.1f} min", flush=True)
+    from srit.report import write_report
+
+    html = write_report([root])
+    print(accuracy_table(root))
+    print(f"report: {html}")
+
+
+def accuracy_table(root: Path) -> str:
+    """Accuracy of every evaluated model on every data set, as aligned text."""
+    columns = [p for p in ("eval-base", "eval-sft", "eval-dpo") if (root / p).is_dir()]
+    columns += sorted(p.name for p in root.glob("eval-dpo-*"))
+    results = {c: json.loads((root / c / "results.json").read_text()) for c in columns}
+    names = {"eval-base": "baseline", "eval-sft": "instructed", "eval-dpo": "self-refined"}
+    lines = [["data set", "n", *(names.get(c, c.replace("eval-dpo", "round ")) for c in columns)]]
+    for file, first in next(iter(results.values()))["files"].items():
+        mark = "" if first["in_domain"] else "  (out of domain)"
+        lines.append([first["dataset"] + mark, str(first["n"]),
+                      *(f"{100 * r['files'][file]['accuracy']:.1f} %" for r in results.values())])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
+                               enumerate(zip(line, widths, strict=True))) for line in lines)

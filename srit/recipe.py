@@ -1,0 +1,139 @@
+"""One YAML file for the whole method: its stages, their settings, and how files pass between them.
+
+Top level: settings every stage shares (model_name_or_path, output_dir, seed, dtype, device),
+`data` (demos, questions, eval, in_domain), `rounds`, and a section a stage kind (sft, sample, pair,
+dpo, eval) with keys of that stage's config.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srit.config import (
+    DPOConfig,
+    EvalConfig,
+    PairConfig,
+    SampleConfig,
+    SFTConfig,
+    check_keys,
+    read_yaml,
+)
+from srit.models.files import InputError
+
+KINDS = {"sft": SFTConfig, "sample": SampleConfig, "pair": PairConfig, "dpo": DPOConfig,
+         "eval": EvalConfig}
+SHARED = ("model_name_or_path", "output_dir", "seed", "dtype", "device")
+DATA = ("demos", "questions", "eval", "in_domain")
+VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe: `kind` says which script, `values` are its settings."""
+
+    name: str
+    kind: str
+    values: dict[str, Any]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values["output_dir"])
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe with ${VARIABLE:-default} filled in. Raises InputError naming an unknown key."""
+    recipe = _expand(read_yaml(path), str(path))
+    known = [*SHARED, "data", "rounds", *KINDS]
+    _check(recipe, known, str(path))
+    for key in ("model_name_or_path", "output_dir", "data"):
+        if key not in recipe:
+            raise InputError(f"{path}: no key '{key}'")
+    if not isinstance(recipe["data"], dict):
+        raise InputError(f"{path}: data: expected a mapping with {', '.join(DATA)}")
+    _check(recipe["data"], DATA, f"{path}: data")
+    for key in DATA:
+        value = recipe["data"].get(key, [])
+        recipe["data"][key] = [value] if isinstance(value, str) else value
+    if not recipe["data"]["demos"]:
+        raise InputError(f"{path}: data: demos names no file")
+    for kind, cls in KINDS.items():
+        section = recipe.setdefault(kind, None) or {}
+        if not isinstance(section, dict):
+            raise InputError(f"{path}: {kind}: expected a mapping")
+        check_keys(list(section), cls, f"{path}: {kind}")
+        recipe[kind] = section
+    rounds = recipe.setdefault("rounds", 1)
+    if not isinstance(rounds, int) or rounds < 1:
+        raise InputError(f"{path}: rounds: must be a positive integer, got {rounds!r}")
+    return recipe
+
+
+def stages(recipe: dict[str, Any]) -> list[Stage]:
+    """Base evaluation, SFT, evaluation, and a round or more of sample, pair, DPO, evaluation.
+
+    Round n samples from the model of round n - 1, which is its reference too (2407.18248).
+    """
+    root, data = Path(recipe["output_dir"]), recipe["data"]
+
+    def stage(name: str, kind: str, **wiring: Any) -> Stage:
+        known = {f.name for f in dataclasses.fields(KINDS[kind])}
+        shared = {k: recipe[k] for k in SHARED if k in recipe and k in known}
+        values = {**shared, **wiring, "output_dir": str(root / name), **recipe[kind]}
+        return Stage(name, kind, values)
+
+    def evaluation(name: str, model: str) -> list[Stage]:
+        if not data["eval"]:
+            return []
+        return [stage(name, "eval", model_name_or_path=model, eval_file=data["eval"],
+                      in_domain=data["in_domain"])]
+
+    plan = evaluation("eval-base", recipe["model_name_or_path"])
+    plan.append(stage("sft", "sft", train_file=data["demos"]))
+    student = str(root / "sft")
+    plan += evaluation("eval-sft", student)
+    for number in range(1, recipe["rounds"] + 1):
+        end = "" if number == 1 else f"-{number}"
+        plan.append(stage(f"sample{end}", "sample", model_name_or_path=student,
+                          train_file=data["questions"] or data["demos"]))
+        plan.append(stage(f"pair{end}", "pair",
+                          samples_file=[str(root / f"sample{end}" / "samples.jsonl")],
+                          demos_file=data["demos"]))
+        plan.append(stage(f"dpo{end}", "dpo", model_name_or_path=student,
+                          train_file=[str(root / f"pair{end}" / "pairs.jsonl")]))
+        student = str(root / f"dpo{end}")
+        plan += evaluation(f"eval-dpo{end}", student)
+    return plan
+
+
+def stage_values(path: str | Path, kind: str) -> dict[str, Any]:
+    """The settings of the first stage of a kind: what `train/sft.py --config recipe.yaml` runs."""
+    return next(stage.values for stage in stages(read_recipe(path)) if stage.kind == kind)
+
+
+def _check(values: dict, known: Any, where: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+            raise InputError(f"{where}: unknown key '{key}'; did you mean '{near}'?")
+
+
+def _expand(value: Any, where: str) -> Any:
+    """${NAME} and ${NAME:-default} in every string, from the environment."""
+    if isinstance(value, dict):
+        return {k: _expand(v, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, where) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def fill(match: re.Match) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise InputError(f"{where}: the environment variable {match[1]} is not set")
+        return found
+
+    return VARIABLE.sub(fill, value)
