@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Bad input from outside (flag, file, checkpoint): one line, shown without a traceback."""
 
 

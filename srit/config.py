@@ -343,7 +343,7 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
     """Parse and run one stage. Bad input ends it with one line and exit status 1."""
     try:
         main(parse(cls, stage, argv))
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: no space, no permission, ...
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on where it stopped "

@@ -122,6 +122,7 @@ def pool(files: Sequence[dict]) -> dict | None:
     n = sum(file["n"] for file in files)
     if n == 0:
         return None
+
     def mean(key: str) -> float:
         return sum(file[key] * file["n"] for file in files) / n
 
@@ -129,3 +130,11 @@ def pool(files: Sequence[dict]) -> dict | None:
     return {"n": n, "accuracy": accuracy, "accuracy_strict": mean("accuracy_strict"),
             "interval": list(wilson_interval(accuracy * n, n)),
             "macro_accuracy": sum(file["accuracy"] for file in files) / len(files)}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns aligned for the terminal: the first to the left, numbers to the right."""
+    lines = [[str(cell) for cell in line] for line in (header, *rows)]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+                     for line in lines)

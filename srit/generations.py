@@ -16,12 +16,12 @@ from tqdm import tqdm
 from srit import dist
 from srit.answers import grade
 from srit.config import GenerateConfig
-from srit.models import Decoder
+from srit.models import Decoder, load_model
 from srit.models.files import InputError
 from srit.prompts import question_messages, render
 from srit.records import Counts, dataset_name, read_lines, read_questions, write_jsonl
 from srit.sampling import Request, Result, generate, request_seed, shared_prefix
-from srit.tokenizer import Tokenizer
+from srit.tokenizer import Tokenizer, load_tokenizer
 
 Key = tuple[str, str, str, int]  # dataset, id, prompt style, sample
 
@@ -48,14 +48,32 @@ def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokeniz
     for file in files:
         dataset = dataset_name(file)
         for row in read_questions(file)[:limit]:
-            if (other := seen.setdefault((dataset, row["id"]), file)) != file:
-                raise InputError(f"{file}: id {row['id']!r} of data set {dataset!r} stands in "
-                                 f"{other} too")
+            if (dataset, row["id"]) in seen:
+                raise InputError(f"{file}: id {row['id']!r} of data set '{dataset}' stands already "
+                                 f"in {seen[dataset, row['id']]}")
+            seen[dataset, row["id"]] = file
             for style in styles:
                 rendered = render(tokenizer, question_messages(row, style))
                 prompts.append(Prompt(row, file, dataset, style, tuple(rendered.ids),
                                       rendered.text))
     return prompts
+
+
+def load_for_generation(cfg: GenerateConfig,
+                        device: torch.device) -> tuple[Decoder, Tokenizer]:
+    """Model in cfg.dtype, and its tokenizer."""
+    tokenizer = load_tokenizer(cfg.model_name_or_path)
+    model, config = load_model(cfg.model_name_or_path, dtype=getattr(torch, cfg.dtype),
+                               device=device)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
+                         f"tokens, the model only {config.vocab_size}; they do not belong together")
+    return model, tokenizer
+
+
+def fits(prompt: Prompt, model: Decoder, max_new_tokens: int) -> bool:
+    """Whether prompt and completion stay within the positions that the model was built for."""
+    return len(prompt.ids) + max_new_tokens <= model.config.max_position_embeddings
 
 
 def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], path: Path,

@@ -215,6 +215,7 @@ def test_settings_of_a_file_without_bos(tmp_path):
 
     tokens = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     path = write_gguf(tmp_path / "m.gguf", "gpt2", tokens, [CONTROL] + [NORMAL] * 256,
+                      merges=["a b"],
                       pre="llama-bpe", eos_token_id=0, add_bos_token=True)
     _, settings, template, stops = read_gguf_tokenizer(path)
     assert settings["add_bos_token"] is False and template is None and stops == []

@@ -1,0 +1,63 @@
+"""Phase 2, first half: the instructed student answers the training questions, with and without CoT.
+
+    y ~ π_inst(· | i, q)  and  y_cot ~ π_inst(· | i, q, "Let's think step by step")   (2405.00402, §2.2)
+
+Every answer is graded against the ground truth; train/pair.py makes preference pairs of them. A
+completion depends on the model, the sampling settings and (seed, id, sample, style) alone, whatever
+the batch size, and a killed run goes on where it stopped when the same command is given again.
+
+In:   questions (demonstration files serve too)
+Out:  samples.jsonl, one graded row for each question, style and sample; run.json
+
+    python train/sample.py --model_name_or_path out/sft --train_file q.jsonl --output_dir out/sample
+    torchrun --nproc_per_node 8 train/sample.py --config runs/x.yaml
+"""
+
+import time
+from pathlib import Path
+
+from srit import dist
+from srit.config import SampleConfig, run
+from srit.evaluate import summarise, table
+from srit.generations import answer_all, fits, load_for_generation, read_prompts
+from srit.models.files import InputError
+from srit.records import Counts
+from srit.runs import claim_output_dir, write_run
+
+
+def main(cfg: SampleConfig) -> None:
+    started = time.time()
+    device = dist.setup(cfg.device)
+    if dist.rank() == 0:
+        claim_output_dir(cfg.output_dir, "sample", cfg)
+    dist.barrier()
+
+    model, tokenizer = load_for_generation(cfg, device)
+    counts, prompts = Counts("prompts"), []
+    for prompt in read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit):
+        if fits(prompt, model, cfg.max_new_tokens):
+            counts.use()
+            prompts.append(prompt)
+        else:
+            counts.drop(f"too long with max_new_tokens {cfg.max_new_tokens}")
+    if not prompts:
+        raise InputError(f"nothing to answer: {counts}")
+    if dist.rank() == 0:
+        print(f"{counts}, {cfg.num_samples} samples each")
+
+    rows = answer_all(model, tokenizer, prompts, Path(cfg.output_dir) / "samples.jsonl", cfg)
+
+    if dist.rank() == 0:
+        styles = {style: summarise(row for row in rows if row["prompt_style"] == style)
+                  for style in cfg.prompt_style}
+        print(table(["style", "questions", "samples", "correct", "finished", "tokens", "unparsed"],
+                    [[style, s["n"], s["n"] * cfg.num_samples, f"{s['accuracy']:.1%}",
+                      f"{s['finish_rate']:.1%}", f"{s['mean_tokens']:.1f}", s["unparsed"]]
+                     for style, s in styles.items()]))
+        write_run(cfg.output_dir, "sample", cfg, [counts], started, styles=styles)
+        print(f"{cfg.output_dir}: samples.jsonl, run.json")
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    run(SampleConfig, "sample", main)
