@@ -1,43 +1,39 @@
 """log p(target) of a linear head without the (N, V) logits.
 
     z = X W^T (N, V)      logp_n = z[n, t_n] - logsumexp_v z[n, v]
-    G = softmax(z) - onehot(t)
-    dX = -g * (G W)       dW = -G^T (g * X)            g (N,): upstream gradient, any values
+    G = -g * (softmax(z) - onehot(t))                 g (N,): upstream gradient, any values
+    dX = G W              dW = G^T X
 
-The rows go through in chunks; a chunk's logits live in one buffer that is turned into G in place.
-Where the gradient of the head is needed there are two ways, with equal forward values:
+The rows go through in chunks; a chunk's logits live in one buffer that is turned into G in place,
+g included before G is rounded. How the backward comes by the logits again:
 
-  stash      N V itemsize fits `stash_bytes`: the forward keeps G, the backward is two GEMMs; 6 N D V
-             FLOPs. The scale g touches (N, D) only, so it may be different for every row.
-  recompute  otherwise: the backward makes each chunk's G again; 8 N D V FLOPs, memory of one chunk.
+  stash      N V itemsize fits `stash_bytes`: the forward keeps them; 6 N D V FLOPs in all
+  recompute  otherwise: another GEMM a chunk; 8 N D V FLOPs, memory of one chunk
 
-A frozen head needs neither: dX is linear in g row by row, so the forward keeps U = G W (N, D) and the
-backward scales it; 4 N D V FLOPs.
+A frozen head needs neither: dX is linear in g row by row, so the forward makes U = G W (N, D) with
+g = -1 and the backward scales it; 4 N D V FLOPs.
 
-Bytes moved per logit beyond the GEMMs' own: the row pass reads z once for logp, and once more with one
-write for G (2, 4 or 6 bytes in bf16), against about 38 for eager float32 cross-entropy.
+Bytes moved per logit beyond the GEMMs' own, in bf16: one read for logp (2), one read and one write
+for G (4); eager float32 cross-entropy moves about 38.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from srit.kernels import row_pass
 from srit.kernels.dispatch import use_triton
 
 MIB = 1 << 20
 CHUNK_BYTES = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
 STASH_BYTES = {"cpu": 512 * MIB, "cuda": 4096 * MIB}
-# fp32 working set of the row pass: within the CPU's caches, a few launches a chunk on a GPU.
-BLOCK_BYTES = {"cpu": 2 * MIB, "cuda": 128 * MIB}
 ROW_ALIGNMENT = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-RowPass = Callable[[Tensor, Tensor, bool], Tensor]
-
 
 def linear_logp(
     hidden: Tensor,
@@ -56,7 +52,7 @@ def linear_logp(
         targets: (N,) int64 in [0, V). Checked on the CPU; on a GPU, where a check would wait for the
             device, a bad target yields NaN.
         chunk_bytes: size of one chunk's logits (default 256 MiB on CPU, 2 GiB on GPU).
-        stash_bytes: size up to which (N, V) gradients are kept for the backward rather than made
+        stash_bytes: size up to which (N, V) logits are kept for the backward rather than made
             again (default 512 MiB on CPU, 4 GiB on GPU; 0 never keeps them).
 
     Differentiable once in hidden and in weight; work for an input that needs no gradient is not done.
@@ -71,13 +67,11 @@ def linear_logp(
         return _LinearLogp.apply(hidden, weight, targets, chunk_bytes, stash_bytes)
     x, w = _operands(hidden, weight)
     rows = _chunk_rows(len(x), len(w), x.element_size(), chunk_bytes)
-    buffer = _logits_buffer(rows, w)
-    logp = x.new_empty(len(x), dtype=_wide(x.dtype))
-    row_pass = _row_pass(x.device)
+    buffer, stats, row_pass = _logits_buffer(rows, w), _new_stats(x), _row_pass(x.device)
     for part in _chunks(len(x), rows):
         z = torch.mm(x[part], w.t(), out=buffer[: part.stop - part.start])
-        logp[part] = row_pass(z, targets[part], False)
-    return logp
+        row_pass.logp(z, targets[part], stats[:, part])
+    return stats[0]
 
 
 def linear_logp_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -92,86 +86,62 @@ class _LinearLogp(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunk_bytes, stash_bytes):
         x, w = _operands(hidden, weight)
         rows = _chunk_rows(len(x), len(w), x.element_size(), chunk_bytes)
-        row_pass = _row_pass(x.device)
-        need_w = ctx.needs_input_grad[1]
-        stash = need_w and len(x) * len(w) * x.element_size() <= stash_bytes
-        buffer = _logits_buffer(len(x) if stash else rows, w)
-        u = None if need_w else torch.empty_like(x)
-        logp = x.new_empty(len(x), dtype=_wide(x.dtype))
+        frozen = not ctx.needs_input_grad[1]
+        keep = not frozen and len(x) * len(w) * x.element_size() <= stash_bytes
+        buffer = _logits_buffer(len(x) if keep else rows, w)
+        stats, row_pass = _new_stats(x), _row_pass(x.device)
+        u = torch.empty_like(x) if frozen else None
         for part in _chunks(len(x), rows):
-            z = buffer[part] if stash else buffer[: part.stop - part.start]
+            z = buffer[part] if keep else buffer[: part.stop - part.start]
             torch.mm(x[part], w.t(), out=z)
-            logp[part] = row_pass(z, targets[part], stash or not need_w)
-            if not need_w:
+            row_pass.logp(z, targets[part], stats[:, part])
+            if frozen:
+                row_pass.grad(z, targets[part], stats[:, part], None)
                 torch.mm(z, w, out=u[part])
-        ctx.rows, ctx.weight_dtype = rows, weight.dtype
-        if need_w:
-            ctx.save_for_backward(x, w, targets, buffer if stash else None)
-        else:
+        logp = stats[0].clone()
+        if frozen:
             ctx.save_for_backward(u)
+            return logp
+        ctx.save_for_backward(x, w, targets, stats)
+        ctx.rows, ctx.weight_dtype = rows, weight.dtype
+        ctx.stash = buffer if keep else None
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         need_x, need_w = ctx.needs_input_grad[:2]
-        scale = -grad[:, None]  # (N, 1); G has the opposite sign of d logp
+        scale = -grad
         if not need_w:
             (u,) = ctx.saved_tensors
-            return (scale * u).to(u.dtype), None, None, None, None
-        x, w, targets, stash = ctx.saved_tensors
+            return (scale[:, None] * u).to(u.dtype), None, None, None, None
+        x, w, targets, stats = ctx.saved_tensors
+        # The stash becomes G in place: a second backward of a retained graph recomputes.
+        stash, ctx.stash = ctx.stash, None
+        rows = ctx.rows if stash is None else max(1, len(x))
+        buffer = _logits_buffer(rows, w) if stash is None else stash
+        row_pass = _row_pass(x.device)
         dx = torch.empty_like(x) if need_x else None
-        scaled_x = (scale * x).to(x.dtype)
-        if stash is not None:
-            dw = _weight_grad(stash, scaled_x, ctx.weight_dtype)
+        dw = None
+        for part in _chunks(len(x), rows):
+            g = buffer[: part.stop - part.start]
+            if stash is None:
+                torch.mm(x[part], w.t(), out=g)
+            row_pass.grad(g, targets[part], stats[:, part], scale[part])
             if need_x:
-                torch.mm(stash, w, out=dx).mul_(scale)
-            return dx, dw.to(ctx.weight_dtype), None, None, None
-        dw = torch.zeros_like(w, dtype=_wide(x.dtype))
-        buffer, row_pass = _logits_buffer(ctx.rows, w), _row_pass(x.device)
-        for part in _chunks(len(x), ctx.rows):
-            g = torch.mm(x[part], w.t(), out=buffer[: part.stop - part.start])
-            row_pass(g, targets[part], True)
-            dw += _weight_grad(g, scaled_x[part], dw.dtype)
-            if need_x:
-                torch.mm(g, w, out=dx[part]).mul_(scale[part])
+                torch.mm(g, w, out=dx[part])
+            dw = _add_weight_grad(dw, g, x[part], ctx.weight_dtype, last=part.stop == len(x))
+        if dw is None:
+            dw = torch.zeros_like(w)
         return dx, dw.to(ctx.weight_dtype), None, None, None
 
 
-def row_pass_torch(z: Tensor, targets: Tensor, write_grad: bool) -> Tensor:
-    """log softmax(z)[target] of every row; with `write_grad` z becomes softmax(z) - onehot(target).
+def _row_pass(device: torch.device) -> ModuleType:
+    if use_triton(device):
+        from srit.kernels import row_pass_triton
 
-    z: (n, V), rows may be strided, otherwise left as it is. Works on a few rows at a time, in fp32:
-    the rows stay in cache over its passes, and low-precision logits never exist whole in fp32.
-    """
-    n, vocab = z.shape
-    wide = _wide(z.dtype)
-    logp = z.new_empty(n, dtype=wide)
-    block_bytes = BLOCK_BYTES.get(z.device.type, BLOCK_BYTES["cuda"])
-    rows = max(1, min(n, block_bytes // (vocab * logp.element_size())))
-    in_place = write_grad and z.dtype == wide and z.is_contiguous()
-    scratch = None if in_place else z.new_empty(rows, vocab, dtype=wide)
-    for part in _chunks(n, rows):
-        p = z[part] if in_place else scratch[: part.stop - part.start].copy_(z[part])
-        target = targets[part, None]
-        top = p.amax(1)
-        z_target = p.gather(1, target)[:, 0]
-        torch.softmax(p, 1, out=p)
-        # The largest probability is exp(0) / sum: both terms are <= 0, so is the log-probability.
-        logp[part] = (z_target - top) + p.amax(1).log_()
-        if write_grad:
-            p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
-            if not in_place:
-                z[part] = p
-    return logp
-
-
-def _row_pass(device: torch.device) -> RowPass:
-    if not use_triton(device):
-        return row_pass_torch
-    from srit.kernels.linear_logp_triton import row_pass_triton
-
-    return row_pass_triton
+        return row_pass_triton
+    return row_pass
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,11 +172,27 @@ def _logits_buffer(rows: int, weight: Tensor) -> Tensor:
     return weight.new_empty(rows, math.ceil(vocab / align) * align)[:, :vocab]
 
 
-def _weight_grad(g: Tensor, scaled_x: Tensor, dtype: torch.dtype) -> Tensor:
-    """G^T (g * X), (V, D), in `dtype` where the GEMM can write it, else in the dtype of G."""
-    if g.is_cuda and g.dtype != dtype == torch.float32:
-        return torch.mm(g.t(), scaled_x, out_dtype=torch.float32)
-    return torch.mm(g.t(), scaled_x)
+def _new_stats(x: Tensor) -> Tensor:
+    """(3, N): what `logp` of the row pass writes and `grad` reads."""
+    return x.new_empty(3, len(x), dtype=_wide(x.dtype))
+
+
+def _add_weight_grad(
+    total: Tensor | None, g: Tensor, x: Tensor, dtype: torch.dtype, last: bool
+) -> Tensor:
+    """total + G^T X, (V, D), float32 while more chunks follow.
+
+    The GEMM writes float32 itself on a GPU; on the CPU a chunk's part is in the dtype of G.
+    """
+    wide = _wide(x.dtype)
+    only = total is None and last
+    if g.is_cuda and g.dtype != wide and not (only and dtype == g.dtype):
+        part = torch.mm(g.t(), x, out_dtype=wide)
+    else:
+        part = torch.mm(g.t(), x)
+    if only:
+        return part
+    return part.to(wide) if total is None else total.add_(part)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

@@ -1,8 +1,8 @@
 """`srit demos`: a teacher behind an OpenAI-compatible server writes the demonstrations.
 
-Every question is asked once, with the project's own chain-of-thought prompt. Answers are appended to
-answers.jsonl as they come, so a run that was interrupted asks only what is missing; demos.jsonl is
-written when all are there. Wrong answers stay in: `srit sft` drops them by ground truth.
+Every question is asked once, with the project's own chain-of-thought prompt. Answers are appended
+to answers.jsonl as they come, so a run that was interrupted asks only what is missing; demos.jsonl
+is written when all are there. Wrong answers stay in: `srit sft` drops them by ground truth.
 """
 
 import json
@@ -35,9 +35,9 @@ class DemosConfig:
     model: str
     """The teacher's name on the server."""
     base_url: str | None = None
-    """Address of the server, such as http://localhost:8000/v1; without it OPENAI_BASE_URL counts."""
+    """Address of the server, such as http://localhost:8000/v1; else OPENAI_BASE_URL counts."""
     api_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key. A key on the command line would be seen and saved."""
+    """Environment variable that holds the key: on the command line it would be seen and saved."""
     temperature: float = 0.0
     """0 is greedy."""
     max_new_tokens: int = 512
@@ -72,8 +72,8 @@ def connect(cfg: DemosConfig) -> Any:
     base_url = cfg.base_url or os.environ.get("OPENAI_BASE_URL")
     key = os.environ.get(cfg.api_key_variable)
     if not key and not base_url:
-        raise InputError(f"the environment variable {cfg.api_key_variable} holds no key; set it, or "
-                         "give the --base_url of a server that needs none")
+        raise InputError(f"the environment variable {cfg.api_key_variable} holds no key; set it, "
+                         "or give the --base_url of a server that needs none")
     return openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=cfg.max_retries,
                          timeout=cfg.timeout)
 
@@ -145,8 +145,8 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
     print(f"{len(questions):,} questions, {len(questions) - len(missing):,} answered before")
     failed = collect(missing, path, lambda row: ask(client, cfg, row), cfg.concurrency)
     if failed:
-        raise InputError(f"{len(failed):,} of {len(questions):,} questions have no answer, the first "
-                         f"because of: {next(iter(failed.values()))}; the same command asks again")
+        raise InputError(f"{len(failed):,} of {len(questions):,} questions have no answer, the "
+                         f"first because of: {next(iter(failed.values()))}; the same command asks again")
 
     demos, counts = make_demos(list(questions.values()), read_answers(path), cfg.model)
     if not demos:

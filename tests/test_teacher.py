@@ -7,12 +7,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tiny import question, write_rows
 
 from srit.models.files import InputError
 from srit.records import read_demos, read_jsonl
 from srit.runs import read_run
 from srit.teacher import DemosConfig, connect, main
-from tiny import question, write_rows
 
 KEY = "SRIT_TEST_KEY"
 
