@@ -1,16 +1,16 @@
 """`srit data`: question rows from the files that data sets are published as.
 
-name                 published file                                                    fields used
-gsm8k                train.jsonl, test.jsonl (openai/grade-school-math)                question answer
-svamp                SVAMP.json (arkilpatel/SVAMP)                                     Body Question Answer
-multiarith ...       MultiArith.json, AddSub.json, SingleEq.json, SingleOp.json        sQuestion lSolutions
-aqua                 train.json, dev.json, test.json (google-deepmind/AQuA)            question options correct
-csqa                 train_rand_split.jsonl, dev_rand_split.jsonl (CommonsenseQA)      question answerKey
-obqa, arc            train.jsonl ... (OpenBookQA, ARC of allenai)                      question answerKey
-piqa                 train.jsonl and labels train-labels.lst                           goal sol1 sol2
-siqa                 train.jsonl and labels train-labels.lst                           context question answerA ...
-mmlu                 <subject>_test.csv, without header                                question A B C D answer
-synthetic            none: the demo's own word problems, with a teacher's demonstration
+name         published file                                           fields that are read
+gsm8k        train.jsonl, test.jsonl (openai/grade-school-math)       question answer
+svamp        SVAMP.json (arkilpatel/SVAMP)                            Body Question Answer
+multiarith   MultiArith.json; addsub, singleeq, singleop likewise     sQuestion lSolutions
+aqua         train.json, dev.json, test.json (google-deepmind/AQuA)   question options correct
+csqa         train_rand_split.jsonl ... (CommonsenseQA)               question answerKey
+obqa, arc    train.jsonl ... (allenai's OpenBookQA and ARC)           question answerKey
+piqa         train.jsonl, and --labels train-labels.lst               goal sol1 sol2
+siqa         train.jsonl, and --labels train-labels.lst               context question answerA ...
+mmlu         <subject>_test.csv, without a header                     question A B C D answer
+synthetic    none: the demo's own word problems, each with a teacher's demonstration
 
 Licences and splits are the data sets' own; nothing is fetched unless --input names a hub file.
 """
@@ -161,7 +161,7 @@ def with_labels(records: list[Raw], file: str) -> list[Raw]:
     labels = path.read_text(encoding="utf-8").split()
     if len(labels) != len(records):
         raise InputError(f"{path}: {len(labels):,} labels for {len(records):,} records")
-    return [(where, {**raw, "label": label})
+    return [(where, dict(raw, label=label) if isinstance(raw, dict) else raw)
             for (where, raw), label in zip(records, labels, strict=True)]
 
 

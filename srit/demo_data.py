@@ -7,7 +7,6 @@ of the explanation is also the program that computes the answer.
 
 import random
 import re
-from collections.abc import Iterator
 
 NAMES = {
     "in": "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Kate Leo Mona Nils".split(),
@@ -145,3 +144,13 @@ def problem(rng: random.Random, domain: str, error_rate: float) -> dict:
         "teacher": TEACHER,
         "completion": f"{solution.format(**words, **told)} The answer is {told[last]}.",
     }
+
+
+def generate(n: int, seed: int, domain: str, error_rate: float = 0.1) -> list[dict]:
+    """`n` demonstrations (question rows with `teacher` and `completion`), no question twice."""
+    rng = random.Random(f"{seed} {domain}")
+    rows: dict[str, dict] = {}
+    while len(rows) < n:
+        row = problem(rng, domain, error_rate)
+        rows.setdefault(row["question"], {"id": f"demo-{domain}-{seed}-{len(rows)}", **row})
+    return list(rows.values())

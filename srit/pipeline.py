@@ -11,8 +11,10 @@ from pathlib import Path
 import yaml
 
 from srit.config import parse, to_flags
+from srit.evaluate import table
 from srit.models.files import InputError, atomic_write
 from srit.recipe import KINDS, Stage, read_recipe, stages
+from srit.report import write_report
 from srit.runs import config_difference, read_run
 
 
@@ -76,8 +78,6 @@ def main(cfg: RunConfig) -> None:
         started = time.time()
         run_stage(stage)
         print(f"{mark}: {(time.time() - started) / 60:.1f} min", flush=True)
-    from srit.report import write_report
-
     html = write_report([root])
     print(accuracy_table(root))
     print(f"report: {html}")
@@ -85,15 +85,20 @@ def main(cfg: RunConfig) -> None:
 
 def accuracy_table(root: Path) -> str:
     """Accuracy of every evaluated model on every data set, as aligned text."""
-    columns = [p for p in ("eval-base", "eval-sft", "eval-dpo") if (root / p).is_dir()]
-    columns += sorted(p.name for p in root.glob("eval-dpo-*"))
-    results = {c: json.loads((root / c / "results.json").read_text()) for c in columns}
     names = {"eval-base": "baseline", "eval-sft": "instructed", "eval-dpo": "self-refined"}
-    lines = [["data set", "n", *(names.get(c, c.replace("eval-dpo", "round ")) for c in columns)]]
+    found = [*names, *sorted(p.name for p in root.glob("eval-dpo-*"))]
+    results = {name: json.loads((root / name / "results.json").read_text()) for name in found
+               if (root / name / "results.json").is_file()}
+    if not results:
+        return "no evaluation files: no accuracy"
+    header = ["data set", "n", *(names.get(r, r.replace("eval-dpo-", "round ")) for r in results)]
+    lines = []
     for file, first in next(iter(results.values()))["files"].items():
-        mark = "" if first["in_domain"] else "  (out of domain)"
-        lines.append([first["dataset"] + mark, str(first["n"]),
-                      *(f"{100 * r['files'][file]['accuracy']:.1f} %" for r in results.values())])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
-                               enumerate(zip(line, widths, strict=True))) for line in lines)
+        mark = " (out of domain)" if first["in_domain"] is False else ""
+        lines.append([first["dataset"] + mark, first["n"],
+                      *(f"{r['files'][file]['accuracy']:.1%}" for r in results.values())])
+    for key in ("in_domain", "out_of_domain"):
+        if all(r[key] for r in results.values()):
+            lines.append([f"all {key.replace('_', ' ')}", next(iter(results.values()))[key]["n"],
+                          *(f"{r[key]['accuracy']:.1%}" for r in results.values())])
+    return table(header, lines)

@@ -146,7 +146,8 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
     failed = collect(missing, path, lambda row: ask(client, cfg, row), cfg.concurrency)
     if failed:
         raise InputError(f"{len(failed):,} of {len(questions):,} questions have no answer, the "
-                         f"first because of: {next(iter(failed.values()))}; the same command asks again")
+                         f"first because of: {next(iter(failed.values()))}; "
+                         "the same command asks again")
 
     demos, counts = make_demos(list(questions.values()), read_answers(path), cfg.model)
     if not demos:
