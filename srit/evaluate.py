@@ -1,7 +1,7 @@
 """Statistics of evaluation: accuracies with their uncertainty, pure functions on lists of rows.
 
-A row is one graded generation: `id, sample, correct, correct_strict, extracted, finished, n_tokens`.
-Accuracy is flexible unless it says strict (see srit/answers.py).
+A row is one graded generation: `id, sample, correct, correct_strict, extracted, finished,
+n_tokens`. Accuracy is flexible unless it says strict (see srit/answers.py).
 """
 
 import math
@@ -118,7 +118,7 @@ def summarise(rows: Iterable[dict]) -> dict:
 
 
 def pool(files: Sequence[dict]) -> dict | None:
-    """Several files' summaries as one: `accuracy` over all questions, `macro_accuracy` over files."""
+    """Several files as one: `accuracy` over all questions, `macro_accuracy` over the files."""
     n = sum(file["n"] for file in files)
     if n == 0:
         return None

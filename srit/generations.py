@@ -19,7 +19,7 @@ from srit.config import GenerateConfig
 from srit.models import Decoder, load_model
 from srit.models.files import InputError
 from srit.prompts import question_messages, render
-from srit.records import Counts, dataset_name, read_lines, read_questions, write_jsonl
+from srit.records import dataset_name, read_lines, read_questions, write_jsonl
 from srit.sampling import Request, Result, generate, request_seed, shared_prefix
 from srit.tokenizer import Tokenizer, load_tokenizer
 

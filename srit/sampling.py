@@ -1,8 +1,8 @@
 """Continuous batching: many prompts, few cache slots, and every text independent of its neighbours.
 
-A fixed number of cache slots decode together. A row that ends leaves its slot to the next prompt at
-once, so the batch stays full until the queue is empty; then the last row moves into the gap, and
-the active rows are always the first `n` slots. Nothing in the cache is copied while decoding.
+A fixed number of cache slots decode together. A row that ends makes room for the next prompt at
+once, so the batch stays full until the queue is empty; the last row moves into the gap, so the
+active rows are always the first `n` slots, which attention reads in place.
 
 - Prompts run longest first: rows that decode together have similar lengths, and too little memory
   shows at the start.
@@ -21,7 +21,6 @@ Legend: n active rows, m rows computed (n rounded up), T prompt tokens, D model,
 import hashlib
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from srit.models import Decoder
 from srit.models.cache import KVCache
@@ -43,7 +41,7 @@ PREFILL_TOKENS = 16384  # of one prefill on a GPU
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to write. `seed` (from `request_seed`) determines it, together with the model."""
+    """One completion to write; with the model, `seed` (see `request_seed`) determines it."""
 
     key: Hashable
     prompt_ids: Sequence[int]
@@ -66,10 +64,9 @@ def request_seed(*parts: Any) -> int:
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one token of its own."""
-    if not prompts:
-        return 0
-    common = os.path.commonprefix([list(min(prompts)), list(max(prompts))])
-    return min(len(common), min(len(p) for p in prompts) - 1)
+    first, last = min(prompts), max(prompts)  # in lexicographic order: others share what they do
+    own = min(map(len, prompts)) - 1
+    return next((at for at in range(own) if first[at] != last[at]), own)
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:

@@ -1,10 +1,11 @@
 """Phase 2, first half: the instructed student answers the training questions, with and without CoT.
 
-    y ~ π_inst(· | i, q)  and  y_cot ~ π_inst(· | i, q, "Let's think step by step")   (2405.00402, §2.2)
+    y ~ π_inst(· | i, q)  and  y_cot ~ π_inst(· | i, q, "Let's think step by step")
 
-Every answer is graded against the ground truth; train/pair.py makes preference pairs of them. A
-completion depends on the model, the sampling settings and (seed, id, sample, style) alone, whatever
-the batch size, and a killed run goes on where it stopped when the same command is given again.
+(arXiv 2405.00402, §2.2). Every answer is graded against the ground truth; train/pair.py makes
+preference pairs of them. A completion depends on the model, the sampling settings and (seed, id,
+sample, style) alone, whatever the batch size, and a killed run goes on where it stopped when the
+same command is given again.
 
 In:   questions (demonstration files serve too)
 Out:  samples.jsonl, one graded row for each question, style and sample; run.json
