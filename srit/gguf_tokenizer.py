@@ -65,9 +65,8 @@ def read_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any], str | No
     if length := data.get(f"{architecture}.context_length"):
         settings["model_max_length"] = length
     default = kind == "llama" or ggml.get("pre") in LLAMA3_NAMES  # what llama.cpp assumes
-    settings["add_bos_token"] = ggml.get("add_bos_token", default) and "bos_token" in settings
-    if settings["add_bos_token"]:
-        bos = settings["bos_token"]
+    bos = settings.get("bos_token")
+    if bos is not None and ggml.get("add_bos_token", default):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))])
     stops = [ggml[key] for key in ("eot_token_id", "eom_token_id") if key in ggml]

@@ -40,7 +40,7 @@ DEFAULT_TEMPLATE = """\
 {% endif -%}
 """
 SENTINEL = "\u241f"
-KEPT_SETTINGS = ("unk_token", "add_bos_token", "model_max_length")
+KEPT_SETTINGS = ("unk_token", "model_max_length")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -73,9 +73,9 @@ class Tokenizer:
         if self.eos_id is None:
             raise InputError(f"{source}: no eos_token; add it to tokenizer_config.json")
         self.vocab_size = max(backend.get_vocab().values()) + 1
-        explicit = settings.get("add_bos_token")
-        self.adds_bos = self.bos_id is not None and (
-            backend.encode("a").ids[0] == self.bos_id if explicit is None else bool(explicit))
+        # add_bos_token in tokenizer_config.json does not count: as in transformers 5, the
+        # post-processor of tokenizer.json decides.
+        self.adds_bos = self.bos_id is not None and backend.encode("a").ids[0] == self.bos_id
         if template is None:
             template = ("{{- bos_token -}}\n" if self.adds_bos else "") + DEFAULT_TEMPLATE
         self.chat_template = template
@@ -145,7 +145,7 @@ class Tokenizer:
         with atomic_write(directory / "tokenizer.json") as handle:
             handle.write(self.backend.to_str())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast",
-                    "clean_up_tokenization_spaces": False}
+                    "add_bos_token": self.adds_bos, "clean_up_tokenization_spaces": False}
         settings |= {k: self.settings[k] for k in KEPT_SETTINGS if k in self.settings}
         specials = {k: v for k, v in (("bos_token", self.bos_token), ("eos_token", self.eos_token),
                                       ("pad_token", self.pad_token)) if v is not None}

@@ -17,7 +17,8 @@ TEXT = ["Tom has 3 apples and buys 4 more, so he has 7.", "user assistant system
         "Answer: Let's think step by step. The answer is 7.", "You are helpful."]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>'"
-    " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}")
 QWEN = """\
 {%- if tools %}
     {{- 'tools: ' + tools | tojson }}
@@ -103,7 +104,7 @@ def _trained() -> str:
 
 def write_tokenizer(directory: Path, template: str | None = CHATML, eos: str | None = "<|im_end|>",
                     post_bos: bool = False, **settings) -> Path:
-    """tokenizer.json and tokenizer_config.json; `post_bos`: the post-processor puts BOS in front."""
+    """tokenizer.json and tokenizer_config.json; `post_bos`: the post-processor adds BOS."""
     directory.mkdir(parents=True, exist_ok=True)
     backend = Backend.from_str(_trained())
     if post_bos:

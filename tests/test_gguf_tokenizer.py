@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from srit.gguf_tokenizer import SPLITS, read_gguf_tokenizer
+from srit.gguf_tokenizer import SPLITS
 from srit.models.files import InputError
 from srit.models.gguf_metadata import read_metadata
 from srit.tokenizer import Tokenizer, load_tokenizer
@@ -216,12 +216,11 @@ def test_smollm2_has_the_ids_of_transformers(smollm2):
         assert smollm2.encode(text) == theirs.encode(text, add_special_tokens=False), text
 
 
-def test_settings_of_a_file_without_bos(tmp_path):
+def test_a_file_without_bos_adds_none(tmp_path):
     from tokenizers import pre_tokenizers
 
     tokens = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     path = write_gguf(tmp_path / "m.gguf", "gpt2", tokens, [CONTROL] + [NORMAL] * 257,
-                      merges=["a b"],
-                      pre="llama-bpe", eos_token_id=0, add_bos_token=True)
-    _, settings, template, stops = read_gguf_tokenizer(path)
-    assert settings["add_bos_token"] is False and template is None and stops == []
+                      merges=["a b"], pre="llama-bpe", eos_token_id=0, add_bos_token=True)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.bos_id is None and not tokenizer.adds_bos and tokenizer.stop_ids == {0}

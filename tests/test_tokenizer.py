@@ -59,9 +59,10 @@ def test_b2_every_eos_of_the_checkpoint_stops(tmp_path, auto):
 
 
 @pytest.mark.parametrize("settings, expected", [
-    ({}, False), ({"post_bos": True}, True), ({"add_bos_token": True}, True),
-    ({"post_bos": True, "add_bos_token": False}, False), ({"bos_token": None}, False)])
+    ({}, False), ({"post_bos": True}, True), ({"add_bos_token": True}, False),
+    ({"post_bos": True, "add_bos_token": False}, True), ({"bos_token": None}, False)])
 def test_b5_adds_bos_as_transformers_does(tmp_path, auto, settings, expected):
+    """The post-processor decides; `add_bos_token` is not read, but written truly."""
     write_tokenizer(tmp_path / "in", **settings)
     tokenizer = load_tokenizer(tmp_path / "in")
     assert tokenizer.adds_bos is expected
@@ -71,6 +72,7 @@ def test_b5_adds_bos_as_transformers_does(tmp_path, auto, settings, expected):
         theirs = auto.from_pretrained(tmp_path / directory)
         assert (theirs.encode("Tom")[0] == theirs.convert_tokens_to_ids("<s>")) is expected
     assert load_tokenizer(tmp_path / "out").adds_bos is expected
+    assert load_tokenizer(tmp_path / "out").settings["add_bos_token"] is expected
 
 
 def test_default_template_has_bos_when_plain_text_has(tmp_path):

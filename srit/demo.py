@@ -1,0 +1,136 @@
+"""`srit demo`: the whole method, from nothing, on a small world of word problems.
+
+1. The world: questions, a programmed teacher's demonstrations (one in ten is wrong), two test sets.
+2. The base model: a small llama and its tokenizer, trained here on one-step problems with either a
+   short answer or an explanation. It knows words, sums and one-step stories.
+3. runs/demo.yaml, as `srit run` does it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from srit import pipeline
+from srit.demo_data import PROBLEMS, generate, problem
+from srit.models import Decoder, ModelConfig, save_model
+from srit.models.files import InputError
+from srit.prompts import question_messages
+from srit.recipe import Stage
+from srit.records import read_jsonl, write_jsonl
+from srit.tokenizer import Tokenizer
+
+RECIPE = Path(__file__).resolve().parent.parent / "runs" / "demo.yaml"
+SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MODEL = {
+    "model_type": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+    "pad_token_id": 0, "eos_token_id": 3,
+}
+INIT_STD = 0.06  # narrower, and so small a model copies and adds much later
+BASE_TRAINING = {
+    "max_length": 256, "num_train_epochs": 1, "learning_rate": 3e-3, "warmup_ratio": 0.05,
+    "weight_decay": 0.01, "adam_beta2": 0.95, "per_device_train_batch_size": 32,
+    "dtype": "float32", "device": "cpu", "logging_steps": 50,
+}
+SIZES = {"base": 16000, "demos": 800, "questions": 1600, "test": 400}
+
+
+@dataclass
+class DemoConfig:
+    """The whole method on a small world that it makes itself, on two CPU cores."""
+
+    output_dir: str = "out/demo"
+    """Where everything goes, a folder a seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of world, base model and method; several: the method is run as often."""
+    recipe: str = str(RECIPE)
+    """Recipe of the method; ${SRIT_DEMO_DIR} in it is the folder of the seed."""
+
+
+def plain_rows(n: int, seed: int) -> Iterator[dict]:
+    """What the base model reads: one-step problems, a quarter of them in the chat layout."""
+    rng = random.Random(f"{seed} plain")
+    for _ in range(n):
+        row = problem(rng, "base")
+        explained = row["completion"].partition(" The answer")[0]
+        if rng.random() < 0.25:
+            message = question_messages(row, rng.choice(("direct", "cot")))
+            yield {"prompt": message, "completion": f"The answer is {row['answer']}."}
+        else:
+            yield {"prompt": "", "completion": f"{row['question']} {explained}"}
+
+
+def make_world(directory: Path, seed: int) -> None:
+    """Write base.jsonl, demos.jsonl, questions.jsonl and two test sets; no question is shared."""
+    inside = generate(SIZES["questions"] + SIZES["test"], seed, "in")
+    outside = generate(SIZES["test"], seed, "out")
+    train, test = inside[: SIZES["questions"]], inside[SIZES["questions"] :]
+    write_jsonl(directory / "base.jsonl", plain_rows(SIZES["base"], seed))
+    write_jsonl(directory / "demos.jsonl", train[: SIZES["demos"]])
+    for name, rows in (("questions.jsonl", train), ("stories/test.jsonl", test),
+                       ("other-stories/test.jsonl", outside)):
+        keys = ("id", "task", "question", "answer")
+        write_jsonl(directory / name, [{key: row[key] for key in keys} for row in rows])
+
+
+def make_tokenizer(seed: int) -> Tokenizer:
+    """Byte-level BPE on texts of the world, large enough to make its words single tokens."""
+    rows = [row for domain in PROBLEMS for row in generate(1500, seed, domain)]
+    texts = [f"{question_messages(row, 'cot')[0]['content']}\n{row['completion']}" for row in rows]
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, {"eos_token": "<|end|>", "pad_token": "<|pad|>"}, TEMPLATE)
+
+
+def make_untrained(directory: Path, seed: int) -> None:
+    """A checkpoint with random weights."""
+    tokenizer = make_tokenizer(seed)
+    config = ModelConfig.from_dict({**MODEL, "vocab_size": tokenizer.vocab_size})
+    model = Decoder(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, INIT_STD, generator=generator)
+    save_model(model, config, directory)
+    tokenizer.save(directory)
+
+
+def run_seed(cfg: DemoConfig, seed: int) -> Path:
+    """World, base model and method of one seed; finished parts are not made again."""
+    root = Path(cfg.output_dir) / f"seed-{seed}"
+    base = Stage("base", "sft", {
+        **BASE_TRAINING, "seed": seed, "model_name_or_path": str(root / "untrained"),
+        "train_file": [str(root / "data" / "base.jsonl")], "output_dir": str(root / "base")})
+    if not pipeline.is_finished(base):
+        make_world(root / "data", seed)
+        make_untrained(root / "untrained", seed)
+        print(f"[base] a model of {SIZES['base']:,} one-step problems", flush=True)
+        pipeline.run_stage(base)
+    os.environ["SRIT_DEMO_DIR"] = str(root)
+    pipeline.main(pipeline.RunConfig(config=cfg.recipe, output_dir=str(root), seed=seed))
+    return root
+
+
+def main(cfg: DemoConfig) -> None:
+    if not Path(cfg.recipe).is_file():
+        raise InputError(f"--recipe {cfg.recipe}: no such file; it stands in runs/ of the source")
+    for seed in cfg.seeds:
+        run_seed(cfg, seed)
