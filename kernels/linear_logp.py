@@ -35,6 +35,7 @@ STASH_BYTES = {"cpu": 512 * MIB, "cuda": 4096 * MIB}
 ROW_ALIGNMENT = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,
@@ -50,7 +51,7 @@ def linear_logp(
             testing and then returned.
         weight: (V, D), any of these dtypes; float32 master weights may go with bfloat16 hidden.
         targets: (N,) int64 in [0, V). Checked on the CPU; on a GPU, where a check would wait for the
-            device, a bad target yields NaN.
+            device, the Triton kernel gives NaN and the twin a device-side assertion.
         chunk_bytes: size of one chunk's logits (default 256 MiB on CPU, 2 GiB on GPU).
         stash_bytes: size up to which (N, V) logits are kept for the backward rather than made
             again (default 512 MiB on CPU, 4 GiB on GPU; 0 never keeps them).
@@ -61,16 +62,18 @@ def linear_logp(
     """
     _check(hidden, weight, targets)
     device = hidden.device.type
-    chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes
-    stash_bytes = STASH_BYTES.get(device, STASH_BYTES["cuda"]) if stash_bytes is None else stash_bytes
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
+    if stash_bytes is None:
+        stash_bytes = STASH_BYTES.get(device, STASH_BYTES["cuda"])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearLogp.apply(hidden, weight, targets, chunk_bytes, stash_bytes)
     x, w = _operands(hidden, weight)
     rows = _chunk_rows(len(x), len(w), x.element_size(), chunk_bytes)
-    buffer, stats, row_pass = _logits_buffer(rows, w), _new_stats(x), _row_pass(x.device)
+    buffer, stats, ops = _logits_buffer(rows, w), _new_stats(x), _row_ops(x.device)
     for part in _chunks(len(x), rows):
         z = torch.mm(x[part], w.t(), out=buffer[: part.stop - part.start])
-        row_pass.logp(z, targets[part], stats[:, part])
+        ops.logp(z, targets[part], stats[:, part])
     return stats[0]
 
 
@@ -89,14 +92,14 @@ class _LinearLogp(torch.autograd.Function):
         frozen = not ctx.needs_input_grad[1]
         keep = not frozen and len(x) * len(w) * x.element_size() <= stash_bytes
         buffer = _logits_buffer(len(x) if keep else rows, w)
-        stats, row_pass = _new_stats(x), _row_pass(x.device)
+        stats, ops = _new_stats(x), _row_ops(x.device)
         u = torch.empty_like(x) if frozen else None
         for part in _chunks(len(x), rows):
             z = buffer[part] if keep else buffer[: part.stop - part.start]
             torch.mm(x[part], w.t(), out=z)
-            row_pass.logp(z, targets[part], stats[:, part])
+            ops.logp(z, targets[part], stats[:, part])
             if frozen:
-                row_pass.grad(z, targets[part], stats[:, part], None)
+                ops.grad(z, targets[part], stats[:, part], None)
                 torch.mm(z, w, out=u[part])
         logp = stats[0].clone()
         if frozen:
@@ -120,14 +123,14 @@ class _LinearLogp(torch.autograd.Function):
         stash, ctx.stash = ctx.stash, None
         rows = ctx.rows if stash is None else max(1, len(x))
         buffer = _logits_buffer(rows, w) if stash is None else stash
-        row_pass = _row_pass(x.device)
+        ops = _row_ops(x.device)
         dx = torch.empty_like(x) if need_x else None
         dw = None
         for part in _chunks(len(x), rows):
             g = buffer[: part.stop - part.start]
             if stash is None:
                 torch.mm(x[part], w.t(), out=g)
-            row_pass.grad(g, targets[part], stats[:, part], scale[part])
+            ops.grad(g, targets[part], stats[:, part], scale[part])
             if need_x:
                 torch.mm(g, w, out=dx[part])
             dw = _add_weight_grad(dw, g, x[part], ctx.weight_dtype, last=part.stop == len(x))
@@ -136,7 +139,7 @@ class _LinearLogp(torch.autograd.Function):
         return dx, dw.to(ctx.weight_dtype), None, None, None
 
 
-def _row_pass(device: torch.device) -> ModuleType:
+def _row_ops(device: torch.device) -> ModuleType:
     if use_triton(device):
         from srit.kernels import row_pass_triton
 
@@ -196,7 +199,8 @@ def _add_weight_grad(
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+    sizes = [tuple(t.shape) for t in (hidden, weight, targets)]
+    shapes = "hidden {}, weight {}, targets {}".format(*sizes)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"linear_logp needs hidden (N, D) and weight (V, D), got {shapes}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:

@@ -43,7 +43,7 @@ def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
             elif "question" in row:
                 check_question(row, where)
                 require(row, "completion", str, where)
-                if not row["completion"].strip():
+                if _is_empty(row["completion"]):
                     counts.drop("empty completion")
                     continue
                 if filter_demos and not grade(row["completion"], row).correct:
@@ -58,6 +58,9 @@ def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
                     if key not in row:
                         raise InputError(f"{where}: the row has no field '{key}' (expected a "
                                          "demonstration, prompt/completion, or messages)")
+                if _is_empty(row["completion"]):
+                    counts.drop("empty completion")
+                    continue
                 rendered = [_at(where, render, tokenizer, row["prompt"], row["completion"])]
             if any(len(r.ids) > max_length for r in rendered):
                 counts.drop(f"longer than max_length {max_length}")
@@ -87,7 +90,7 @@ def read_pairs(files: Sequence[str], tokenizer: Tokenizer,
                 if key not in row:
                     raise InputError(f"{where}: the row has no field '{key}'")
             prompt, chosen, rejected = _split_prompt(row, where)
-            if not chosen or not rejected:
+            if _is_empty(chosen) or _is_empty(rejected):
                 counts.drop("empty completion")
                 continue
             a = _at(where, render, tokenizer, prompt, chosen)
@@ -116,6 +119,13 @@ def _split_prompt(row: dict, where: str) -> tuple:
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _is_empty(completion: object) -> bool:
+    """No text at all: a blank string, no message, or one blank message."""
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        completion = completion[0].get("content")
+    return not (completion.strip() if isinstance(completion, str) else completion)
 
 
 def _at(where: str, function, *arguments) -> Rendered:

@@ -12,7 +12,7 @@ from srit.options import best, completion_logps
 
 
 def test_wilson_interval():
-    """5 of 10 with z² = 3.8415: centre 0.5, half width 1.96·sqrt(.025 + .0960)/1.38415 = 0.26341."""
+    """5 of 10, z² = 3.8415: centre 0.5, half width 1.96·sqrt(.025 + .0960)/1.38415 = 0.26341."""
     assert wilson_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
     low, high = wilson_interval(0, 10)  # upper end z²/(n + z²)
     assert low == 0 and high == pytest.approx(3.8414588 / 13.8414588)

@@ -258,6 +258,7 @@ def test_output_dir_of_another_run_is_left_alone(tiny, tmp_path):
     ([DEMOS[0], {"id": "x", "task": "math", "question": "?"}], r":2: the row has no field 'answer'"),
     ([{k: v for k, v in DEMOS[0].items() if k != "completion"}], "no field 'completion'"),
     ([{**DEMOS[0], "completion": " "}], "empty completion"),
+    ([{"prompt": "a", "completion": " "}], "empty completion"),
     ([{**DEMOS[0], "question": "long " * 300}], "longer than max_length 256"),
     ([{"prompt": "a"}], r":1: the row has no field 'completion'"),
     ([{"messages": [{"role": "user", "content": "hi"}]}], r":1: "),
@@ -271,6 +272,7 @@ def test_bad_demonstrations(tiny, tmp_path, rows, message):
 @pytest.mark.parametrize("rows,message", [
     ([{k: v for k, v in PAIRS[0].items() if k != "rejected"}], ":1: the row has no field 'rejected'"),
     ([{**PAIRS[0], "chosen": "", "rejected": "x", "prompt": "p"}], "empty completion"),
+    ([{**PAIRS[0], "chosen": [{"role": "assistant", "content": " "}]}], "empty completion"),
     ([{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}], "chosen and rejected are the same"),
     ([{"prompt": "word " * 300, "chosen": "a", "rejected": "b"}], "prompt longer than max_length"),
     ([{"prompt": "w", "chosen": "a " * 300, "rejected": "b"}], "completion beyond max_length"),
