@@ -97,7 +97,8 @@ def extract_letter(text: str, choices: Mapping[str, str], strict: bool = False) 
 def _letters(text: str, choices: Mapping[str, str]) -> list[str]:
     """Letters that stand for choices: (B)  B)  B.  option B; a bare "A" or "I" may be a word."""
     keys = "".join(re.escape(key) for key in choices if len(key) == 1)
-    pattern = re.compile(rf"\(([{keys}])\)|(?<![\w'])([{keys}])(?=\)|[.,:]?\s*$|[.,:]\s|\s+(?:or|and)\b|\s*\()"
+    pattern = re.compile(rf"\(([{keys}])\)"
+                         rf"|(?<![\w'])([{keys}])(?=\)|[.,:]?\s*$|[.,:]\s|\s+(?:or|and)\b|\s*\()"
                          rf"|\b(?:option|choice)\s+([{keys}])\b"
                          rf"|(?<![\w'])([{keys}])(?![\w'])(?<![AI])")
     return [next(g for g in match.groups() if g) for match in pattern.finditer(text)]

@@ -6,7 +6,6 @@
 3. runs/demo.yaml, as `srit run` does it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
 """
 
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from srit.models import Decoder, ModelConfig, save_model
 from srit.models.files import InputError
 from srit.prompts import question_messages
 from srit.recipe import Stage
-from srit.records import read_jsonl, write_jsonl
+from srit.records import write_jsonl
 from srit.tokenizer import Tokenizer
 
 RECIPE = Path(__file__).resolve().parent.parent / "runs" / "demo.yaml"

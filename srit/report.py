@@ -37,15 +37,20 @@ class ReportConfig:
 
     run_dir: list[str]
     """Directory of `srit run`; several (other seeds of the same recipe) add a combined table."""
+    show_questions: bool = True
+    """False: name questions by id, for a page that must not pass on a data set's texts."""
 
 
 def main(cfg: ReportConfig) -> None:
-    print(write_report([Path(d) for d in cfg.run_dir]))
+    print(write_report([Path(d) for d in cfg.run_dir], cfg.show_questions))
 
 
-def write_report(roots: list[Path]) -> Path:
+def write_report(roots: list[Path], show_questions: bool = True) -> Path:
     """report.html and report.md in the first of the run directories; the path of the page."""
     context = describe(roots[0])
+    if not show_questions:
+        for example in (row for group in context["examples"] for row in group["rows"]):
+            example["question"], example["choices"] = example["id"], None
     context["seeds"] = combine(roots) if len(roots) > 1 else None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("srit"), trim_blocks=True, lstrip_blocks=True,
@@ -288,8 +293,8 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
         before, after = answers["eval-sft"], answers[refined[-1]]
         group = found[kinds[before["correct"], after["correct"]]]
         if len(group) < EXAMPLES:
-            group.append({"question": before["question"], "choices": before.get("choices"),
-                          "answer": before["answer"], "dataset": before["dataset"],
+            group.append({"id": before["id"], "question": before["question"],
+                          "choices": before.get("choices"), "answer": before["answer"], "dataset": before["dataset"],
                           "answers": [answers[name] for name in generations]})
     return [{"title": title, "rows": rows} for title, rows in found.items() if rows]
 

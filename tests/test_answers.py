@@ -9,7 +9,7 @@ import pytest
 
 from srit.answers import equal, extract_letter, extract_number, grade, numbers, show
 
-# (text, flexible, strict)
+# Each case: text, flexible answer, strict answer.
 NUMBERS = [
     ("The answer is 7.", "7", "7"),
     ("The answer is 7", "7", "7"),

@@ -129,6 +129,14 @@ def test_several_seeds(tmp_path):
     assert "### 3 runs" in (roots[0] / "report.md").read_text()
 
 
+def test_questions_can_be_left_out(tmp_path):
+    root = fake_run(tmp_path / "fake")
+    write_report([root], show_questions=False)
+    for name in ("report.html", "report.md"):
+        text = (root / name).read_text()
+        assert "How many are" not in text and "sums-" in text
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(InputError, match="no stage has run there"):
         main(ReportConfig([str(tmp_path)]))

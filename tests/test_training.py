@@ -195,8 +195,8 @@ def test_best_checkpoint_is_the_one_with_the_lowest_eval_loss(tiny, tmp_path):
     losses = {row["step"]: row["eval_loss"] for row in metrics(out)}
     run = json.loads((out / "run.json").read_text())
     assert run["best_step"] == min(losses, key=losses.get)
-    from srit.rows import read_sft
     from srit.models import load_model
+    from srit.rows import read_sft
     from srit.tokenizer import load_tokenizer
 
     examples, _ = read_sft([file], load_tokenizer(str(out)), 256, ["cot"], True)

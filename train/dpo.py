@@ -39,7 +39,6 @@ from srit.training import (
     longest_row,
 )
 
-
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
            "logps/chosen", "logps/rejected")
 
