@@ -293,8 +293,8 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
         before, after = answers["eval-sft"], answers[refined[-1]]
         group = found[kinds[before["correct"], after["correct"]]]
         if len(group) < EXAMPLES:
-            group.append({"id": before["id"], "question": before["question"],
-                          "choices": before.get("choices"), "answer": before["answer"], "dataset": before["dataset"],
+            keys = ("id", "question", "answer", "dataset")
+            group.append({**{key: before[key] for key in keys}, "choices": before.get("choices"),
                           "answers": [answers[name] for name in generations]})
     return [{"title": title, "rows": rows} for title, rows in found.items() if rows]
 
