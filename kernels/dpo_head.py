@@ -1,8 +1,8 @@
 """From token log-probabilities to the preference loss.
 
-    s_i = sum of logps over sequence i          (sequences 2b and 2b + 1: chosen and rejected of pair b)
-    d = (s_c - r_c) - (s_r - r_r)               log-ratio margin against the reference sums r
-    loss = f(beta d)                            one formula, `dpo_loss`; the kernel is tested against it
+    s_i = sum of logps over sequence i     (sequences 2b, 2b + 1: chosen and rejected of pair b)
+    d = (s_c - r_c) - (s_r - r_r)          log-ratio margin against the reference sums r
+    loss = f(beta d)                       one formula, `dpo_loss`, and its kernel tested against it
 
 Bytes moved: 4 a token forward, 4 a token backward; the rest is a few numbers a pair. A gain of
 launches (two, for some thirty small ones), not of bytes.

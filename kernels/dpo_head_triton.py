@@ -1,7 +1,7 @@
 """`dpo_head` and `segment_sum` in Triton; the formulas are those of `dpo_head.py`.
 
-Forward, one program a pair: sum both segments in a fixed order, loss, rewards, and dloss/dsum of both
-sequences. Backward, one program a sequence: the gradient of a sum goes to all of its tokens.
+Forward, one program a pair: sum both segments in a fixed order, loss, rewards, and dloss/dsum of
+both sequences. Backward, one program a sequence: a sum's gradient goes to all of its tokens.
 Bytes: 4 a token each way.
 
 A segment's sum has the same order in both forward kernels (`sum_segment`), so a reference summed by

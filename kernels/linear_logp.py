@@ -50,13 +50,13 @@ def linear_logp(
         hidden: (N, D) float32, bfloat16 or float16; the dtype of the GEMMs. float64 is accepted for
             testing and then returned.
         weight: (V, D), any of these dtypes; float32 master weights may go with bfloat16 hidden.
-        targets: (N,) int64 in [0, V). Checked on the CPU; on a GPU, where a check would wait for the
-            device, the Triton kernel gives NaN and the twin a device-side assertion.
+        targets: (N,) int64 in [0, V). Checked on the CPU; on a GPU, where a check would wait for
+            the device, the Triton kernel gives NaN and the twin a device-side assertion.
         chunk_bytes: size of one chunk's logits (default 256 MiB on CPU, 2 GiB on GPU).
         stash_bytes: size up to which (N, V) logits are kept for the backward rather than made
             again (default 512 MiB on CPU, 4 GiB on GPU; 0 never keeps them).
 
-    Differentiable once in hidden and in weight; work for an input that needs no gradient is not done.
+    Differentiable once in hidden and in weight; an input that needs no gradient costs no work.
     Logsumexp and result are float32, the gradient of the weight is summed over chunks in float32.
     The value does not depend on which gradients are asked for, nor on `stash_bytes`.
     """

@@ -17,7 +17,7 @@ BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
 
 
 def logp(z: Tensor, targets: Tensor, stats: Tensor) -> None:
-    """Fills stats (3, n) float32 with logp, top and inv of every row of z (n, V); leaves z alone."""
+    """Fills stats (3, n) float32 with logp, top and inv of every row of z (n, V); z stays."""
     for part, p in _blocks(z, stats.dtype):
         top = torch.amax(p, 1, out=stats[1, part])
         stats[0, part] = p.gather(1, targets[part, None])[:, 0] - top

@@ -4,10 +4,10 @@
     logp = (z_t - top) - ln 2 log2 s
     G_v = scale * (2^((z_v - top) log2 e) inv - [v = t])
 
-`logp_kernel`: one program a row, one read, maximum and sum online. `grad_kernel`: one program a block
-of a row, one read and one write in place. All arithmetic is float32; G is rounded once, target element
-included: p - 1 in bf16 would lose every digit of a confident prediction. Both terms of logp are <= 0,
-so no rounding makes it positive. A row's values do not depend on its neighbours.
+`logp_kernel`: one program a row, one read, maximum and sum online. `grad_kernel`: one program a
+block of a row, one read and one write in place. All arithmetic is float32; G is rounded once, target
+element included: p - 1 in bf16 would lose every digit of a confident prediction. Both terms of logp
+are <= 0, so no rounding makes it positive. A row's values do not depend on its neighbours.
 
 Bytes a logit with 2-byte logits: 2 for logp, 4 for G.
 """
@@ -28,7 +28,7 @@ def logp_kernel(
     top_ptr,
     inv_ptr,
     VOCAB: tl.constexpr,
-    WIDTH: tl.constexpr,  # row stride >= VOCAB; padding is read, so that every load is 16 bytes wide
+    WIDTH: tl.constexpr,  # row stride >= VOCAB; the padding is read: loads stay 16 bytes wide
     BLOCK: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -88,7 +88,7 @@ def launch_options(vocab: int) -> dict[str, int]:
 
 
 def logp(z: Tensor, targets: Tensor, stats: Tensor) -> None:
-    """Fills stats (3, n) float32 with logp, top and inv of every row of z (n, V); leaves z alone.
+    """Fills stats (3, n) float32 with logp, top and inv of every row of z (n, V); z stays.
 
     z has unit column stride. A target outside [0, V) gives NaN.
     """
