@@ -61,6 +61,7 @@ def linear_logp(
     The value does not depend on which gradients are asked for, nor on `stash_bytes`.
     """
     _check(hidden, weight, targets)
+    targets = targets.contiguous()
     device = hidden.device.type
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
