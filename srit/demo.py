@@ -1,8 +1,9 @@
 """`srit demo`: the whole method, from nothing, on a small world of word problems.
 
-1. The world: questions, a programmed teacher's demonstrations (one in ten is wrong), two test sets.
-2. The base model: a small llama and its tokenizer, trained here on one-step problems with either a
-   short answer or an explanation. It knows words, sums and one-step stories.
+1. The world: questions, a programmed teacher's demonstrations, two test sets. One demonstration in
+   ten is wrong, and four in ten state the result without the steps, as real teachers do.
+2. The base model: a small llama and its tokenizer, trained here on one-step problems: explained in
+   running text, answered at once in a chat. It knows words, sums and one-step stories.
 3. runs/demo.yaml, as `srit run` does it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
 """
 
@@ -43,7 +44,7 @@ BASE_TRAINING = {
     "weight_decay": 0.01, "adam_beta2": 0.95, "per_device_train_batch_size": 32,
     "dtype": "float32", "device": "cpu", "logging_steps": 50,
 }
-SIZES = {"base": 16000, "demos": 800, "questions": 1600, "test": 400}
+SIZES = {"base": 16000, "demos": 1200, "questions": 1600, "test": 400}
 
 
 @dataclass
@@ -59,16 +60,22 @@ class DemoConfig:
 
 
 def plain_rows(n: int, seed: int) -> Iterator[dict]:
-    """What the base model reads: one-step problems, a quarter of them in the chat layout."""
+    """What the base model reads: one-step problems, two explained on a line or one in a chat.
+
+    In a chat it answers at once, so what it does there is guess; that it can explain is for the
+    instruction to bring out.
+    """
     rng = random.Random(f"{seed} plain")
     for _ in range(n):
-        row = problem(rng, "base")
-        explained = row["completion"].partition(" The answer")[0]
+        first, second = problem(rng, "base"), problem(rng, "base")
         if rng.random() < 0.25:
-            message = question_messages(row, rng.choice(("direct", "cot")))
-            yield {"prompt": message, "completion": f"The answer is {row['answer']}."}
+            message = question_messages(first, rng.choice(("direct", "cot")))
+            yield {"prompt": message, "completion": f"The answer is {first['answer']}."}
         else:
-            yield {"prompt": "", "completion": f"{row['question']} {explained}"}
+            yield {
+                "prompt": f"{first['question']} {second['question']} ",
+                "completion": f"{first['completion']} {second['completion']}",
+            }
 
 
 def make_world(directory: Path, seed: int) -> None:

@@ -6,7 +6,7 @@ right, so that the explanation is also the program that computes the answer.
 
 base: one step, which the base model has read, with the short answer or the explanation.
 in:   two or three steps, in the base's words: demonstrations, questions, in-domain test.
-out:  two to four steps, other people, things, situations and combinations: out-of-domain test.
+out:  two or three steps, other people, things, situations and combinations: out-of-domain test.
 """
 
 import random
@@ -120,8 +120,12 @@ def solve(explanation: str, given: dict[str, int], wrong_step: int = -1,
     return values
 
 
-def problem(rng: random.Random, domain: str, error_rate: float = 0.0) -> dict:
-    """A question row with the teacher's completion, wrong with probability `error_rate`."""
+def problem(rng: random.Random, domain: str, error_rate: float = 0.0, haste: float = 0.0) -> dict:
+    """A question row with the teacher's completion.
+
+    With probability `error_rate` a step of it is miscalculated; with probability `haste` it states
+    the result and leaves the steps out, which is right, and harder to learn from.
+    """
     question, explanation = rng.choice(PROBLEMS[domain])
     results = [step[-1] for step in EQUATION.findall(explanation)]
     person, other = rng.sample(PEOPLE[domain], 2)
@@ -135,6 +139,8 @@ def problem(rng: random.Random, domain: str, error_rate: float = 0.0) -> dict:
     told = truth
     if rng.random() < error_rate:
         told = solve(explanation, given, rng.randrange(len(results)), rng.choice((1, 2, 10)))
+    if rng.random() < haste:
+        explanation = EQUATION.sub(r"{\4}", explanation.split(". ")[-1])
     return {
         "task": "math",
         "question": question.format(**words, **given),
@@ -144,11 +150,12 @@ def problem(rng: random.Random, domain: str, error_rate: float = 0.0) -> dict:
     }
 
 
-def generate(n: int, seed: int, domain: str, error_rate: float = 0.1) -> list[dict]:
+def generate(n: int, seed: int, domain: str, error_rate: float = 0.1,
+             haste: float = 0.4) -> list[dict]:
     """`n` demonstrations (question rows with `teacher` and `completion`), no question twice."""
     rng = random.Random(f"{seed} {domain}")
     rows: dict[str, dict] = {}
     while len(rows) < n:
-        row = problem(rng, domain, error_rate)
+        row = problem(rng, domain, error_rate, haste)
         rows.setdefault(row["question"], {"id": f"demo-{domain}-{seed}-{len(rows)}", **row})
     return list(rows.values())
