@@ -7,6 +7,8 @@
 3. runs/demo.yaml, as `srit run` does it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
 """
 
+import csv
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -19,8 +21,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from srit import pipeline
 from srit.demo_data import PROBLEMS, generate, problem
+from srit.evaluate import table
 from srit.models import Decoder, ModelConfig, save_model
-from srit.models.files import InputError
+from srit.models.files import InputError, atomic_write
 from srit.prompts import question_messages
 from srit.recipe import Stage
 from srit.records import write_jsonl
@@ -138,5 +141,28 @@ def run_seed(cfg: DemoConfig, seed: int) -> Path:
 def main(cfg: DemoConfig) -> None:
     if not Path(cfg.recipe).is_file():
         raise InputError(f"--recipe {cfg.recipe}: no such file; it stands in runs/ of the source")
-    for seed in cfg.seeds:
-        run_seed(cfg, seed)
+    roots = {seed: run_seed(cfg, seed) for seed in cfg.seeds}
+    print(seeds_table(roots, Path(cfg.output_dir) / "seeds.csv"))
+
+
+def seeds_table(roots: dict[int, Path], file: Path) -> str:
+    """Accuracy of the three models by seed, as text; with its origin into a CSV file."""
+    names = {"eval-base": "baseline", "eval-sft": "instructed", "eval-dpo": "self-refined"}
+    rows, lines = [], []
+    for seed, root in roots.items():
+        line = [f"seed {seed}"]
+        for key in ("in_domain", "out_of_domain"):
+            for stage, name in names.items():
+                found = json.loads((root / stage / "results.json").read_text())[key]
+                run = json.loads((root / stage / "run.json").read_text())
+                line.append(f"{found['accuracy']:.1%}")
+                rows.append({"seed": seed, "model": name, "test": key, "n": found["n"],
+                             "accuracy": found["accuracy"], "commit": run["commit"],
+                             "torch": run["versions"]["torch"], "machine": run["machine"]})
+        lines.append(line)
+    with atomic_write(file) as handle:
+        writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    header = [f"{name}, {end}" for end in ("in", "out") for name in names.values()]
+    return table(["", *header], lines)

@@ -1,5 +1,6 @@
 """The demo's world: what it says adds up, and its three parts stay apart."""
 
+import json
 import random
 import re
 
@@ -77,3 +78,20 @@ def test_what_is_tested_was_never_demonstrated_or_asked(tmp_path):
     assert len(questions["stories/test"]) >= 300 and len(questions["other-stories/test"]) >= 300
     assert not questions["stories/test"] & questions["questions"]
     assert not questions["other-stories/test"] & questions["questions"]
+
+
+def test_table_of_seeds(tmp_path):
+    for seed in (0, 1):
+        for name, accuracy in (("eval-base", 0.05), ("eval-sft", 0.3), ("eval-dpo", 0.4 + seed / 10)):
+            folder = tmp_path / f"seed-{seed}" / name
+            folder.mkdir(parents=True)
+            found = {"n": 400, "accuracy": accuracy}
+            results = {"in_domain": found, "out_of_domain": {"n": 300, "accuracy": 0.01}}
+            (folder / "results.json").write_text(json.dumps(results))
+            run = {"commit": "abc", "versions": {"torch": "2"}, "machine": "M"}
+            (folder / "run.json").write_text(json.dumps(run))
+    roots = {seed: tmp_path / f"seed-{seed}" for seed in (0, 1)}
+    text = demo.seeds_table(roots, tmp_path / "seeds.csv").splitlines()
+    assert text[2].split() == ["seed", "1", "5.0%", "30.0%", "50.0%", "1.0%", "1.0%", "1.0%"]
+    rows = (tmp_path / "seeds.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 6 and rows[3] == "0,self-refined,in_domain,400,0.4,abc,2,M"
