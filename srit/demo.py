@@ -47,7 +47,7 @@ BASE_TRAINING = {
     "weight_decay": 0.01, "adam_beta2": 0.95, "per_device_train_batch_size": 32,
     "dtype": "float32", "device": "cpu", "logging_steps": 50,
 }
-SIZES = {"base": 16000, "demos": 1200, "questions": 1600, "test": 400}
+SIZES = {"base": 24000, "demos": 1200, "questions": 1200, "test": 400}
 
 
 @dataclass
