@@ -107,7 +107,7 @@ def main() -> None:
 
     machine = describe()
     stamp = {"loss_type": args.loss_type, "model": Path(args.model_name_or_path).name,
-             "commit": machine["commit"], "torch": torch.__version__, "trl": version("trl"),
+             "commit": machine["commit"], "torch": torch.__version__, "trl_version": version("trl"),
              "transformers": version("transformers"), "machine": machine["machine"]}
     table, worst = [], 0.0
     for step, (x, y) in enumerate(zip(a, b, strict=True), 1):

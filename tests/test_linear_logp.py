@@ -72,8 +72,10 @@ def test_chunks_change_nothing_but_rounding(kernels, dtype, vocab):
     whole = run(linear_logp, x, w, targets, upstream)
     got = run(linear_logp, x, w, targets, upstream, **options)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(got[0], whole[0], rtol=eps, atol=8 * eps)
-    assert error(got[1], whole[1].double()) <= eps
+    # Another number of rows may be another order of summation: a few roundings of a logit.
+    largest = (x.detach().double() @ w.detach().double().t()).abs().max().item()
+    torch.testing.assert_close(got[0], whole[0], rtol=0, atol=4 * eps * largest)
+    assert error(got[1], whole[1].double()) <= max(eps, 1e-6)
     # The weight's gradient is a sum of one rounded part a chunk.
     split = zip(x.split(10), targets.split(10), upstream.split(10), strict=True)
     parts = [truth(a, w, b, c)[2] for a, b, c in split]
