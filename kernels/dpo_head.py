@@ -4,9 +4,15 @@
     d = (s_c - r_c) - (s_r - r_r)          log-ratio margin against the reference sums r
     loss = f(beta d)                       one formula, `dpo_loss`, and its kernel tested against it
 
-Bytes moved: 4 a token forward, 4 a token backward; the rest is a few numbers a pair. A gain of
-launches (two, for some thirty small ones), not of bytes.
+Loss and slope come out together, since they are wanted in the middle of a forward, between a chunk's
+logits and their gradient (`linear_loss.py`). The twin's slope is autograd's of `dpo_loss`, which is
+thus the one place where a formula stands; the kernel, which has its own, is tested against it.
+
+Bytes moved: 8 a token; the rest is a few numbers a pair. A gain of launches (one, for some thirty
+small ones), not of bytes.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +99,22 @@ def segment_sum(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     bit for bit wherever their log-probabilities do. Differentiable in logps. An empty segment or
     boundaries that do not cover (N,) raise ValueError when cu_seqlens is on the CPU.
     """
-    _check_segments(logps, cu_seqlens)
+    check_segments(logps, cu_seqlens)
     if use_triton(logps.device):
         from srit.kernels.dpo_head_triton import SegmentSum
 
         return SegmentSum.apply(logps, cu_seqlens.to(logps.device))
     return _segment_sum_torch(logps, cu_seqlens)
+
+
+class PairHead(NamedTuple):
+    """What `dpo_head` gives for B pairs of N tokens; float32, without autograd history."""
+
+    losses: Tensor  # (B,)
+    chosen_rewards: Tensor  # (B,)
+    rejected_rewards: Tensor  # (B,)
+    sums: Tensor  # (2B,) log-probabilities of the sequences
+    slopes: Tensor  # (N,) d losses.sum() / d logps
 
 
 def dpo_head(
@@ -108,32 +124,36 @@ def dpo_head(
     beta: float,
     loss_type: str,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of B pairs from the log-probabilities of their completion tokens.
+    rpo_alpha: float = 0.0,
+) -> PairHead:
+    """Losses of B pairs, and their slopes, from the log-probabilities of their completion tokens.
 
     Args:
         logps: (N,) float32, completion tokens of all sequences; sequence 2b is the chosen and
             2b + 1 the rejected one of pair b.
-        cu_seqlens: (2B + 1,) int, boundaries of the sequences in logps.
+        cu_seqlens: (2B + 1,) int, boundaries of the sequences; logps begins at cu_seqlens[0].
         ref_logps: (2B,) float32, `segment_sum` of the reference's logps.
         beta, loss_type, label_smoothing: as in `dpo_loss`.
+        rpo_alpha: weight of the term -log p(chosen) / (tokens of chosen), which keeps log p(chosen)
+            from falling (Iterative RPO, arXiv 2404.19733, eq. 1); losses include it.
 
-    Returns losses (B,), chosen rewards (B,), rejected rewards (B,) and the policy's sums (2B,), all
-    differentiable in logps. Raises ValueError as `dpo_loss` and `segment_sum` do.
+    The slopes are all that a gradient needs: there is no autograd here. Raises ValueError as
+    `dpo_loss` and `segment_sum` do, and for a negative rpo_alpha.
     """
-    check_loss(beta, loss_type, label_smoothing)
-    _check_segments(logps, cu_seqlens)
+    check_loss(beta, loss_type, label_smoothing, rpo_alpha)
+    check_segments(logps, cu_seqlens)
     if ref_logps.dim() != 1 or len(ref_logps) % 2 or len(ref_logps) + 1 != len(cu_seqlens):
         raise ValueError(
             f"dpo_head needs cu_seqlens (2B + 1,) and ref_logps (2B,), got"
             f" {tuple(cu_seqlens.shape)} and {tuple(ref_logps.shape)}"
         )
+    arguments = logps, cu_seqlens.to(logps.device), ref_logps
+    settings = beta, loss_type, label_smoothing, rpo_alpha
     if use_triton(logps.device):
-        from srit.kernels.dpo_head_triton import DPOHead
+        from srit.kernels.dpo_head_triton import run_head
 
-        cu_seqlens = cu_seqlens.to(logps.device)
-        return DPOHead.apply(logps, cu_seqlens, ref_logps, beta, loss_type, label_smoothing)
-    return _dpo_head_torch(logps, cu_seqlens, ref_logps, beta, loss_type, label_smoothing)
+        return PairHead(*run_head(*arguments, *settings))
+    return _dpo_head_torch(*arguments, *settings)
 
 
 def _dpo_head_torch(
@@ -143,31 +163,34 @@ def _dpo_head_torch(
     beta: float,
     loss_type: str,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = _segment_sum_torch(logps, cu_seqlens)
-    lengths = cu_seqlens.diff().to(logps.device)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        sums[0::2],
-        sums[1::2],
-        ref_logps[0::2],
-        ref_logps[1::2],
-        beta,
-        loss_type,
-        label_smoothing,
-        lengths[0::2],
-        lengths[1::2],
-    )
-    return losses, chosen_rewards, rejected_rewards, sums
+    rpo_alpha: float,
+) -> PairHead:
+    lengths = cu_seqlens.diff()
+    with torch.enable_grad():
+        sums = _segment_sum_torch(logps.detach(), cu_seqlens).requires_grad_()
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            sums[0::2], sums[1::2], ref_logps[0::2], ref_logps[1::2],
+            beta, loss_type, label_smoothing, lengths[0::2], lengths[1::2],
+        )
+        if rpo_alpha:
+            losses = losses - rpo_alpha * sums[0::2] / lengths[0::2]
+        (slopes,) = torch.autograd.grad(losses.sum(), sums)
+    slopes = slopes.repeat_interleave(lengths, output_size=len(logps))
+    results = losses, chosen_rewards, rejected_rewards, sums, slopes
+    return PairHead(*(t.detach() for t in results))
 
 
 def _segment_sum_torch(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     offsets = cu_seqlens.to(logps.device, torch.int64)
+    offsets = offsets - offsets[0]
     sums = torch.segment_reduce(logps.double(), "sum", offsets=offsets)
     return sums.to(torch.float64 if logps.dtype == torch.float64 else torch.float32)
 
 
-def check_loss(beta: float, loss_type: str, label_smoothing: float) -> None:
-    """ValueError unless these three make a loss of `dpo_loss`."""
+def check_loss(
+    beta: float, loss_type: str, label_smoothing: float, rpo_alpha: float = 0.0
+) -> None:
+    """ValueError unless these make a loss of `dpo_loss`, or of `dpo_head`."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r}: allowed values are {', '.join(LOSS_TYPES)}")
     if not beta > 0:
@@ -179,9 +202,12 @@ def check_loss(beta: float, loss_type: str, label_smoothing: float) -> None:
         )
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing}: must be in [0, 0.5)")
+    if not rpo_alpha >= 0:
+        raise ValueError(f"rpo_alpha={rpo_alpha}: must not be negative")
 
 
-def _check_segments(logps: Tensor, cu_seqlens: Tensor) -> None:
+def check_segments(logps: Tensor, cu_seqlens: Tensor) -> None:
+    """ValueError unless cu_seqlens (S + 1,) cuts logps (N,) into segments without an empty one."""
     if logps.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(
             f"needs logps (N,) and cu_seqlens (S + 1,), got {tuple(logps.shape)} and"
@@ -189,10 +215,10 @@ def _check_segments(logps: Tensor, cu_seqlens: Tensor) -> None:
         )
     if cu_seqlens.device.type != "cpu":
         return
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(logps):
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if last - first != len(logps):
         raise ValueError(
-            f"cu_seqlens must go from 0 to the number of tokens {len(logps)}, got"
-            f" {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+            f"cu_seqlens must span the number of tokens {len(logps)}, got {first} to {last}"
         )
     empty = (cu_seqlens.diff() <= 0).nonzero()
     if len(empty):

@@ -1,10 +1,9 @@
 """`dpo_head` and `segment_sum` in Triton; the formulas are those of `dpo_head.py`.
 
-Forward, one program a pair: sum both segments in a fixed order, loss, rewards, and dloss/dsum of
-both sequences. Backward, one program a sequence: a sum's gradient goes to all of its tokens.
-Bytes: 4 a token each way.
+One program a pair: sum both segments in a fixed order, loss, rewards, slope of both sums, and the
+slope of every token. Bytes: 8 a token.
 
-A segment's sum has the same order in both forward kernels (`sum_segment`), so a reference summed by
+A segment's sum has the same order in both kernels (`sum_segment`), so a reference summed by
 `segment_sum` cancels exactly against a policy with equal log-probabilities.
 """
 
@@ -39,9 +38,20 @@ def sum_segment(logps_ptr, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def fill_segment(x_ptr, start, end, value, BLOCK: tl.constexpr):
+    offset = start
+    while offset < end:
+        cols = offset + tl.arange(0, BLOCK)
+        tl.store(x_ptr + cols, value + tl.zeros([BLOCK], tl.float32), mask=cols < end)
+        offset += BLOCK
+
+
+@triton.jit
 def segment_sum_kernel(logps_ptr, cu_ptr, sums_ptr, BLOCK: tl.constexpr):
     i = tl.program_id(0)
-    total, _ = sum_segment(logps_ptr, tl.load(cu_ptr + i), tl.load(cu_ptr + i + 1), BLOCK)
+    origin = tl.load(cu_ptr)
+    start, end = tl.load(cu_ptr + i) - origin, tl.load(cu_ptr + i + 1) - origin
+    total, _ = sum_segment(logps_ptr, start, end, BLOCK)
     tl.store(sums_ptr + i, total)
 
 
@@ -54,17 +64,19 @@ def head_kernel(
     chosen_rewards_ptr,
     rejected_rewards_ptr,
     sums_ptr,
-    slopes_ptr,  # (2B,) dloss/dsum, for the backward
+    slopes_ptr,  # (N,)
     beta,
     tilt,
+    rpo_alpha,
     SHAPE: tl.constexpr,
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pair = tl.program_id(0)
-    start = tl.load(cu_ptr + 2 * pair)
-    middle = tl.load(cu_ptr + 2 * pair + 1)
-    end = tl.load(cu_ptr + 2 * pair + 2)
+    origin = tl.load(cu_ptr)
+    start = tl.load(cu_ptr + 2 * pair) - origin
+    middle = tl.load(cu_ptr + 2 * pair + 1) - origin
+    end = tl.load(cu_ptr + 2 * pair + 2) - origin
     chosen_sum, chosen_length = sum_segment(logps_ptr, start, middle, BLOCK)
     rejected_sum, rejected_length = sum_segment(logps_ptr, middle, end, BLOCK)
     chosen = chosen_sum - tl.load(ref_ptr + 2 * pair)
@@ -98,36 +110,11 @@ def head_kernel(
         log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
         loss = tilt * x + (tl.where(x < 0.0, -x, 0.0) + log1p)
         slope = beta * (tilt - tl.where(x < 0.0, 1.0, e) / u)
+    loss -= rpo_alpha * (chosen_sum / chosen_length)
     tl.store(losses_ptr + pair, loss)
-    tl.store(slopes_ptr + 2 * pair, slope * chosen_weight)
-    tl.store(slopes_ptr + 2 * pair + 1, -slope * rejected_weight)
-
-
-@triton.jit
-def head_backward_kernel(
-    grad_losses_ptr,
-    grad_chosen_ptr,
-    grad_rejected_ptr,
-    grad_sums_ptr,
-    slopes_ptr,
-    cu_ptr,
-    grad_logps_ptr,
-    beta,
-    BLOCK: tl.constexpr,
-):
-    i = tl.program_id(0)
-    pair = i // 2
-    is_chosen = i % 2 == 0
-    grad = tl.load(grad_losses_ptr + pair) * tl.load(slopes_ptr + i) + tl.load(grad_sums_ptr + i)
-    grad_reward = tl.load(grad_chosen_ptr + pair, mask=is_chosen, other=0.0)
-    grad_reward += tl.load(grad_rejected_ptr + pair, mask=i % 2 == 1, other=0.0)
-    grad += beta * grad_reward
-    offset = tl.load(cu_ptr + i)
-    end = tl.load(cu_ptr + i + 1)
-    while offset < end:
-        cols = offset + tl.arange(0, BLOCK)
-        tl.store(grad_logps_ptr + cols, grad + tl.zeros([BLOCK], tl.float32), mask=cols < end)
-        offset += BLOCK
+    chosen_slope = slope * chosen_weight - rpo_alpha / chosen_length
+    fill_segment(slopes_ptr, start, middle, chosen_slope, BLOCK)
+    fill_segment(slopes_ptr, middle, end, -slope * rejected_weight, BLOCK)
 
 
 class SegmentSum(torch.autograd.Function):
@@ -151,51 +138,27 @@ class SegmentSum(torch.autograd.Function):
         return grad.repeat_interleave(lengths, output_size=n).to(dtype), None
 
 
-class DPOHead(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logps, cu_seqlens, ref_logps, beta, loss_type, label_smoothing):
-        pairs = len(ref_logps) // 2
-        cu_seqlens = cu_seqlens.contiguous()
-        new = partial(torch.empty, dtype=torch.float32, device=logps.device)
-        losses, chosen, rejected, sums, slopes = map(new, [pairs] * 3 + [2 * pairs] * 2)
-        if pairs:
-            head_kernel[(pairs,)](
-                _float_vector(logps),
-                cu_seqlens,
-                _float_vector(ref_logps),
-                losses,
-                chosen,
-                rejected,
-                sums,
-                slopes,
-                float(beta),
-                float(smoothing_slope(loss_type, label_smoothing)),
-                SHAPES.get(loss_type, LOGISTIC.value),
-                loss_type in LENGTH_AVERAGED,
-                BLOCK,
-                num_warps=NUM_WARPS,
-            )
-        ctx.save_for_backward(slopes, cu_seqlens)
-        ctx.beta, ctx.like = beta, (logps.shape, logps.dtype)
-        return losses, chosen, rejected, sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        slopes, cu_seqlens = ctx.saved_tensors
-        shape, dtype = ctx.like
-        grad = torch.zeros(shape, dtype=torch.float32, device=slopes.device)
-        if len(slopes):
-            head_backward_kernel[(len(slopes),)](
-                *map(_float_vector, grads),
-                slopes,
-                cu_seqlens,
-                grad,
-                float(ctx.beta),
-                BLOCK,
-                num_warps=NUM_WARPS,
-            )
-        return grad.to(dtype), None, None, None, None, None
+def run_head(
+    logps: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    rpo_alpha: float,
+) -> tuple[Tensor, ...]:
+    """The fields of `PairHead`."""
+    pairs = len(ref_logps) // 2
+    new = partial(torch.empty, dtype=torch.float32, device=logps.device)
+    results = tuple(map(new, (pairs, pairs, pairs, 2 * pairs, len(logps))))
+    if pairs:
+        head_kernel[(pairs,)](
+            _float_vector(logps), cu_seqlens.contiguous(), _float_vector(ref_logps), *results,
+            float(beta), float(smoothing_slope(loss_type, label_smoothing)), float(rpo_alpha),
+            SHAPES.get(loss_type, LOGISTIC.value), loss_type in LENGTH_AVERAGED, BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return results
 
 
 def _float_vector(x: Tensor) -> Tensor:

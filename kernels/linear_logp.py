@@ -4,36 +4,56 @@
     G = -g * (softmax(z) - onehot(t))                 g (N,): upstream gradient, any values
     dX = G W              dW = G^T X
 
-The rows go through in chunks; a chunk's logits live in one buffer that is turned into G in place,
-g included before G is rounded. How the backward comes by the logits again:
+Two ways to the value. Path A ("gemm"): the rows go through in chunks; a chunk's logits live in one
+buffer, which the row pass reads and turns into G in place, g included before G is rounded. Path B
+("fused", `scoring_triton.py`): a GEMM that never writes its logits; forward only.
+
+How path A's backward comes by the logits again:
 
   stash      N V itemsize fits `stash_bytes`: the forward keeps them; 6 N D V FLOPs in all
   recompute  otherwise: another GEMM a chunk; 8 N D V FLOPs, memory of one chunk
 
 A frozen head needs neither: dX is linear in g row by row, so the forward makes U = G W (N, D) with
-g = -1 and the backward scales it; 4 N D V FLOPs.
-
-Bytes moved per logit beyond the GEMMs' own, in bf16: one read for logp (2), one read and one write
-for G (4); eager float32 cross-entropy moves about 38.
+g = -1 and the backward scales it; 4 N D V FLOPs. A loss whose slope is known when a chunk's
+log-probs are needs neither too: `linear_loss.py`.
 """
 
-import math
-from collections.abc import Iterator
-from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srit.kernels import row_pass
+from srit.kernels.chunks import (
+    MIB,
+    WeightGrad,
+    check_logits,
+    check_operands,
+    chunk_limit,
+    logits_buffer,
+    new_stats,
+    operands,
+    row_chunks,
+    row_ops,
+    wide,
+)
 from srit.kernels.dispatch import use_triton
+from srit.kernels.row_pass import CORRECT, ENTROPY, LOGP, Logits
 
-MIB = 1 << 20
-CHUNK_BYTES = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
 STASH_BYTES = {"cpu": 512 * MIB, "cuda": 4096 * MIB}
-ROW_ALIGNMENT = 64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PATHS = ("auto", "gemm", "fused")
+# GPU name -> largest D at which path B was measured faster than A: benchmarks/bench_kernels.py
+# prints the line. A GPU that is not here scores through path A.
+FUSED_UP_TO: dict[str, int] = {}
+
+
+class TokenStats(NamedTuple):
+    """Per row, (N,) float32, not differentiable."""
+
+    logps: Tensor  # log p(target)
+    entropy: Tensor  # -sum_v p_v log p_v, nats
+    correct: Tensor  # 1.0 where no logit exceeds the target's, else 0.0
 
 
 def linear_logp(
@@ -41,9 +61,14 @@ def linear_logp(
     weight: Tensor,
     targets: Tensor,
     *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = None,
+    return_stats: bool = False,
+    path: str = "auto",
     chunk_bytes: int | None = None,
     stash_bytes: int | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """log softmax(hidden @ weight^T)[target] for every row, (N,) float32.
 
     Args:
@@ -52,169 +77,150 @@ def linear_logp(
         weight: (V, D), any of these dtypes; float32 master weights may go with bfloat16 hidden.
         targets: (N,) int64 in [0, V). Checked on the CPU; on a GPU, where a check would wait for
             the device, the Triton kernel gives NaN and the twin a device-side assertion.
-        chunk_bytes: size of one chunk's logits (default 256 MiB on CPU, 2 GiB on GPU).
+        softcap: logits are softcap * tanh(logits / softcap) (Gemma 2).
+        logit_scale: logits are multiplied by it, before the cap (Cohere; 1 / temperature).
+        ignore_index: rows with this target take no part: log-probability 0, no gradient, no work.
+            Finding them waits for the device; rows dropped beforehand do not.
+        return_stats: also return `TokenStats`, made in the same pass; path A only.
+        path: "gemm", "fused" (CUDA, no gradient), or "auto": "gemm" where a gradient is asked for,
+            else the one measured faster on this GPU. The two round differently: log-probs that are
+            to be compared bit for bit, as policy and reference, must name one.
+        chunk_bytes: size of one chunk's logits (default 64 MiB on CPU, 2 GiB on GPU).
         stash_bytes: size up to which (N, V) logits are kept for the backward rather than made
             again (default 512 MiB on CPU, 4 GiB on GPU; 0 never keeps them).
 
     Differentiable once in hidden and in weight; an input that needs no gradient costs no work.
     Logsumexp and result are float32, the gradient of the weight is summed over chunks in float32.
-    The value does not depend on which gradients are asked for, nor on `stash_bytes`.
+    On path A the value depends neither on which gradients are asked for, nor on `stash_bytes`.
+    Raises ValueError for shapes, dtypes, targets or options that do not go together.
     """
-    _check(hidden, weight, targets)
-    targets = targets.contiguous()
-    device = hidden.device.type
-    if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
-    if stash_bytes is None:
-        stash_bytes = STASH_BYTES.get(device, STASH_BYTES["cuda"])
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearLogp.apply(hidden, weight, targets, chunk_bytes, stash_bytes)
-    x, w = _operands(hidden, weight)
-    rows = _chunk_rows(len(x), len(w), x.element_size(), chunk_bytes)
-    buffer, stats, ops = _logits_buffer(rows, w), _new_stats(x), _row_ops(x.device)
-    for part in _chunks(len(x), rows):
-        z = torch.mm(x[part], w.t(), out=buffer[: part.stop - part.start])
-        ops.logp(z, targets[part], stats[:, part])
-    return stats[0]
+    n, kept = len(targets), None
+    if ignore_index is not None:
+        kept = (targets != ignore_index).nonzero()[:, 0]
+        hidden, targets = hidden[kept], targets[kept]
+    check_operands("linear_logp", hidden, weight, targets)
+    logits = check_logits("linear_logp", softcap, logit_scale)
+    trained = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    stats = new_stats(hidden, len(targets), extra=return_stats)
+    if _fused(path, hidden, trained or return_stats):
+        from srit.kernels.scoring_triton import score
+
+        logps = score(*operands(hidden, weight), targets.contiguous(), logits)
+    else:
+        limit = chunk_limit(hidden, len(weight), chunk_bytes)
+        if stash_bytes is None:
+            stash_bytes = STASH_BYTES.get(hidden.device.type, STASH_BYTES["cuda"])
+        arguments = targets.contiguous(), stats, limit, stash_bytes, logits
+        if trained:
+            logps = _LinearLogp.apply(hidden, weight, *arguments)
+        else:
+            logps = _score(hidden, weight, *arguments[:3], logits)
+
+    def spread(values: Tensor) -> Tensor:
+        return values if kept is None else values.new_zeros(n).index_put((kept,), values)
+
+    if not return_stats:
+        return spread(logps)
+    rows = spread(stats[LOGP]), spread(stats[ENTROPY]), spread(stats[CORRECT])
+    return spread(logps), TokenStats(*rows)
 
 
-def linear_logp_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_logp_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
     """The definition, through autograd and with full logits: for tests and benchmarks."""
-    logits = F.linear(hidden, weight.to(hidden.dtype))
-    logp = F.log_softmax(logits, dim=-1, dtype=_wide(hidden.dtype))
-    return logp.gather(1, targets[:, None])[:, 0]
+    logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide(hidden.dtype)) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+
+
+def _fused(path: str, hidden: Tensor, forbidden: bool) -> bool:
+    """True for path B."""
+    if path not in PATHS:
+        raise ValueError(f"linear_logp: path={path!r}: allowed values are {', '.join(PATHS)}")
+    if path == "fused":
+        if forbidden:
+            raise ValueError(
+                "linear_logp: path='fused' gives log-probs alone, without gradient or statistics:"
+                " call it under torch.no_grad(), or use path='gemm'"
+            )
+        if not use_triton(hidden.device):
+            raise ValueError(
+                f"linear_logp: path='fused' is a Triton kernel, and {hidden.device} runs the PyTorch"
+                " twins (see SRIT_KERNELS): use path='gemm'"
+            )
+        return True
+    if path == "gemm" or forbidden or not hidden.is_cuda or not use_triton(hidden.device):
+        return False
+    return hidden.shape[1] <= FUSED_UP_TO.get(torch.cuda.get_device_name(hidden.device), 0)
+
+
+def _score(
+    hidden: Tensor, weight: Tensor, targets: Tensor, stats: Tensor, limit: int, logits: Logits
+) -> Tensor:
+    x, w = operands(hidden, weight)
+    parts, ops = row_chunks(len(x), limit), row_ops(x.device)
+    buffer = logits_buffer(parts[0].stop if parts else 0, w)
+    for part in parts:
+        z = torch.mm(x[part], w.t(), out=buffer[: part.stop - part.start])
+        ops.logp(z, targets[part], stats[:, part], logits)
+    return stats[LOGP].clone()
 
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_bytes, stash_bytes):
-        x, w = _operands(hidden, weight)
-        rows = _chunk_rows(len(x), len(w), x.element_size(), chunk_bytes)
+    def forward(ctx, hidden, weight, targets, stats, limit, stash_bytes, logits):
+        x, w = operands(hidden, weight)
+        parts, ops = row_chunks(len(x), limit), row_ops(x.device)
+        rows = parts[0].stop if parts else 0
         frozen = not ctx.needs_input_grad[1]
         keep = not frozen and len(x) * len(w) * x.element_size() <= stash_bytes
-        buffer = _logits_buffer(len(x) if keep else rows, w)
-        stats, ops = _new_stats(x), _row_ops(x.device)
+        buffer = logits_buffer(len(x) if keep else rows, w)
         u = torch.empty_like(x) if frozen else None
-        for part in _chunks(len(x), rows):
+        for part in parts:
             z = buffer[part] if keep else buffer[: part.stop - part.start]
             torch.mm(x[part], w.t(), out=z)
-            ops.logp(z, targets[part], stats[:, part])
             if frozen:
-                ops.grad(z, targets[part], stats[:, part], None)
+                ops.logp_grad(z, targets[part], stats[:, part], None, logits)
                 torch.mm(z, w, out=u[part])
-        logp = stats[0].clone()
+            else:
+                ops.logp(z, targets[part], stats[:, part], logits)
+        ctx.frozen = frozen
         if frozen:
             ctx.save_for_backward(u)
-            return logp
-        ctx.save_for_backward(x, w, targets, stats)
-        ctx.rows, ctx.weight_dtype = rows, weight.dtype
-        ctx.stash = buffer if keep else None
-        return logp
+        else:
+            ctx.save_for_backward(x, w, targets, stats)
+            ctx.parts, ctx.rows, ctx.logits, ctx.weight_dtype = parts, rows, logits, weight.dtype
+            ctx.stash = buffer if keep else None
+        return stats[LOGP].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        need_x, need_w = ctx.needs_input_grad[:2]
+        rest = (None,) * 5
         scale = -grad
-        if not need_w:
+        if ctx.frozen:
             (u,) = ctx.saved_tensors
-            return (scale[:, None] * u).to(u.dtype), None, None, None, None
+            return (scale[:, None] * u).to(u.dtype), None, *rest
         x, w, targets, stats = ctx.saved_tensors
         # The stash becomes G in place: a second backward of a retained graph recomputes.
         stash, ctx.stash = ctx.stash, None
-        rows = ctx.rows if stash is None else max(1, len(x))
-        buffer = _logits_buffer(rows, w) if stash is None else stash
-        ops = _row_ops(x.device)
-        dx = torch.empty_like(x) if need_x else None
-        dw = None
-        for part in _chunks(len(x), rows):
+        parts = ctx.parts if stash is None else [slice(0, len(x))]
+        buffer = logits_buffer(ctx.rows, w) if stash is None else stash
+        ops = row_ops(x.device)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = WeightGrad(w, ctx.weight_dtype)
+        for part in parts:
             g = buffer[: part.stop - part.start]
             if stash is None:
                 torch.mm(x[part], w.t(), out=g)
-            ops.grad(g, targets[part], stats[:, part], scale[part])
-            if need_x:
+            ops.grad(g, targets[part], stats[:, part], scale[part], ctx.logits)
+            if dx is not None:
                 torch.mm(g, w, out=dx[part])
-            dw = _add_weight_grad(dw, g, x[part], ctx.weight_dtype, last=part.stop == len(x))
-        if dw is None:
-            dw = torch.zeros_like(w)
-        return dx, dw.to(ctx.weight_dtype), None, None, None
-
-
-def _row_ops(device: torch.device) -> ModuleType:
-    if use_triton(device):
-        from srit.kernels import row_pass_triton
-
-        return row_pass_triton
-    return row_pass
-
-
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return hidden.contiguous(), weight.to(hidden.dtype).contiguous()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _chunk_rows(n: int, vocab: int, itemsize: int, chunk_bytes: int) -> int:
-    """Rows a chunk: as many as the budget holds, then equalised so that no chunk is a rest."""
-    most = max(1, chunk_bytes // (vocab * itemsize))
-    return math.ceil(n / math.ceil(n / most)) if n else 1
-
-
-def _chunks(n: int, rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
-
-
-def _logits_buffer(rows: int, weight: Tensor) -> Tensor:
-    """(rows, V) uninitialised; rows start on a 64-byte boundary whatever V is.
-
-    GEMM libraries need that for their fast kernels, and pick another one, with another rounding,
-    where it is missing; here it makes the values independent of where a chunk's buffer begins.
-    """
-    vocab, align = len(weight), ROW_ALIGNMENT // weight.element_size()
-    return weight.new_empty(rows, math.ceil(vocab / align) * align)[:, :vocab]
-
-
-def _new_stats(x: Tensor) -> Tensor:
-    """(3, N): what `logp` of the row pass writes and `grad` reads."""
-    return x.new_empty(3, len(x), dtype=_wide(x.dtype))
-
-
-def _add_weight_grad(
-    total: Tensor | None, g: Tensor, x: Tensor, dtype: torch.dtype, last: bool
-) -> Tensor:
-    """total + G^T X, (V, D), float32 while more chunks follow.
-
-    The GEMM writes float32 itself on a GPU; on the CPU a chunk's part is in the dtype of G.
-    """
-    wide = _wide(x.dtype)
-    only = total is None and last
-    if g.is_cuda and g.dtype != wide and not (only and dtype == g.dtype):
-        part = torch.mm(g.t(), x, out_dtype=wide)
-    else:
-        part = torch.mm(g.t(), x)
-    if only:
-        return part
-    return part.to(wide) if total is None else total.add_(part)
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    sizes = [tuple(t.shape) for t in (hidden, weight, targets)]
-    shapes = "hidden {}, weight {}, targets {}".format(*sizes)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"linear_logp needs hidden (N, D) and weight (V, D), got {shapes}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"linear_logp needs targets (N,) int64, got {shapes}, {targets.dtype}")
-    if len(weight) == 0:
-        raise ValueError(f"linear_logp needs a vocabulary of at least one token, got {shapes}")
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"linear_logp: {name} has dtype {tensor.dtype}, allowed are {DTYPES}")
-    if targets.device.type == "cpu" and len(targets):
-        low, high = (int(t) for t in targets.aminmax())
-        if low < 0 or high >= len(weight):
-            raise ValueError(
-                f"linear_logp: targets range from {low} to {high}, allowed are 0 to"
-                f" {len(weight) - 1}; drop the rows without a target first"
-            )
+            dw.add(g, x[part], last=part.stop == len(x))
+        return dx, dw.result(), *rest

@@ -22,10 +22,11 @@ class Batch:
     cu_seqlens: Tensor  # (S + 1,) int32, where the sequences start
     rows: Tensor  # (M,) stream index of the token *before* each trained token
     targets: Tensor  # (M,) the trained tokens
-    cu_targets: Tensor  # (S + 1,) int32, where each sequence's trained tokens start
+    cu_targets: Tensor  # (S + 1,) int32, where each sequence's trained tokens start; on the CPU
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        moved = (self.input_ids, self.positions, self.cu_seqlens, self.rows, self.targets)
+        return Batch(*(t.to(device) for t in moved), self.cu_targets)
 
 
 def collate(sequences: Sequence[Rendered]) -> Batch:

@@ -8,67 +8,125 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from srit.kernels import dpo_head_triton, row_pass_triton
+from srit.kernels import dpo_head_triton, row_pass_triton, scoring_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {"targets_ptr": "*i64", "cu_ptr": "*i64", "beta": "fp32", "tilt": "fp32"}
+TYPES = {"targets_ptr": "*i64", "cu_ptr": "*i64", "n": "i32"}
+FLOATS = ("beta", "tilt", "rpo_alpha")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARIES = [(v, 32 * triton.cdiv(v, 32)) for v in (65, 32003, 49152, 128256, 151936)]  # and stride
+# (vocabulary, D): a ragged one, then those of SmolLM2-135M, Llama-3.2-1B, Qwen2.5-7B
+HEADS = [(32003, 896), (49152, 576), (128256, 2048), (152064, 3584)]
 
 
-def variants():
-    """(kernel, dtype of the logits, compile-time constants, launch options)."""
-    for dtype in ("bf16", "fp16", "fp32"):
+class Variant(NamedTuple):
+    kernel: Any
+    dtype: str  # of the logits, or of hidden and weight
+    constants: dict[str, Any]
+    options: dict[str, int]
+    descriptors: dict[str, str] = {}  # noqa: RUF012
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Everything that the operations launch on this architecture."""
+    for dtype in DTYPES:
         for vocab, width in VOCABULARIES:
-            options = row_pass_triton.launch_options(vocab)
-            sizes = {"VOCAB": vocab, "WIDTH": width, "BLOCK": options.pop("BLOCK")}
-            yield row_pass_triton.logp_kernel, dtype, sizes, options
-            for scaled in (False, True):
-                yield row_pass_triton.grad_kernel, dtype, {**sizes, "SCALED": scaled}, options
+            yield from row_pass_variants(dtype, vocab, width)
+        for vocab, d in HEADS:
+            yield from scoring_variants(dtype, vocab, d, arch)
+        options = {"num_warps": 8}
+        yield Variant(row_pass_triton.multiply_kernel, dtype, {"BLOCK": row_pass_triton.BLOCK}, options)
     block, options = {"BLOCK": dpo_head_triton.BLOCK}, {"num_warps": dpo_head_triton.NUM_WARPS}
-    yield dpo_head_triton.segment_sum_kernel, "fp32", block, options
-    yield dpo_head_triton.head_backward_kernel, "fp32", block, options
+    yield Variant(dpo_head_triton.segment_sum_kernel, "fp32", block, options)
     for shape in (0, 1, 2):
         for average in (False, True):
             constants = {**block, "SHAPE": shape, "AVERAGE": average}
-            yield dpo_head_triton.head_kernel, "fp32", constants, options
+            yield Variant(dpo_head_triton.head_kernel, "fp32", constants, options)
 
 
-def build(kernel, dtype: str, constants: dict, options: dict, arch: int) -> dict:
-    types = {n: TYPES.get(n, "*" + (dtype if n == "z_ptr" else "fp32")) for n in kernel.arg_names}
-    signature = {n: "constexpr" if n in constants else t for n, t in types.items()}
+def row_pass_variants(dtype: str, vocab: int, width: int) -> Iterator[Variant]:
+    options = row_pass_triton.launch_options(vocab)
+    sizes = {"VOCAB": vocab, "WIDTH": width, "BLOCK": options.pop("BLOCK")}
+    for scale, softcap in ((1.0, 0.0), (0.5, 30.0)):
+        constants = {**sizes, "SCALE": scale, "SOFTCAP": softcap}
+        for coef in (False, True):
+            yield Variant(row_pass_triton.grad_kernel, dtype, {**constants, "HAS_COEF": coef}, options)
+        for stats, grad in ((False, False), (True, False), (False, True), (True, True)):
+            flags = {"STATS": stats, "GRAD": grad, "HAS_COEF": grad}
+            yield Variant(row_pass_triton.logp_kernel, dtype, {**constants, **flags}, options)
+
+
+def scoring_variants(dtype: str, vocab: int, d: int, arch: int) -> Iterator[Variant]:
+    launch = scoring_triton.launch_options(arch, DTYPES[dtype])
+    blocks = {k: v for k, v in launch.items() if k.startswith("BLOCK")}
+    options = {k: v for k, v in launch.items() if not k.startswith("BLOCK")}
+    tile = {m: f"tensordesc<{dtype}[{blocks[m]}, {blocks['BLOCK_K']}]>" for m in ("BLOCK_M", "BLOCK_N")}
+    for softcap in (0.0, 30.0):
+        numbers = {"VOCAB": vocab, "D": d, "LOG_SCALE": 1.4426950408889634, "SOFTCAP": softcap,
+                   "SLICES": scoring_triton.SLICES}
+        for tma in (False, True) if arch >= 90 else (False,):
+            constants = {**numbers, **blocks, "TMA": tma, "WIDEN": False,
+                         "GROUP_M": scoring_triton.GROUP_M}
+            descriptors = {"x": tile["BLOCK_M"], "w": tile["BLOCK_N"]} if tma else {}
+            yield Variant(scoring_triton.partials_kernel, dtype, constants, options, descriptors)
+        merge = {**numbers, "BLOCK": scoring_triton.DOT_BLOCK}
+        yield Variant(scoring_triton.merge_kernel, dtype, merge, {"num_warps": 4})
+
+
+def argument_type(name: str, variant: Variant) -> str:
+    if name in variant.constants:
+        return "constexpr"
+    if name in variant.descriptors:
+        return variant.descriptors[name]
+    if name in FLOATS:
+        return "fp32"
+    wide = {"raw_ptr", "x_ptr", "w_ptr", "x", "w"}
+    return TYPES.get(name, "*" + (variant.dtype if name in wide else "fp32"))
+
+
+def build(variant: Variant, arch: int) -> dict:
+    kernel, constants = variant.kernel, variant.constants
+    signature = {name: argument_type(name, variant) for name in kernel.arg_names}
     aligned = [(i,) for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
     source = ASTSource(
         kernel, signature, constants, attrs={i: [["tt.divisibility", 16]] for i in aligned}
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = binary.asm["ptx"]
     return {
         "kernel": kernel.__name__,
         "arch": arch,
-        "dtype": dtype,
+        "dtype": variant.dtype,
         **constants,
         "registers": counts["REG"],
         "spilled": counts["STACK"] + counts["LOCAL"],
         "shared": binary.metadata.shared,
         "widest_access_bits": max(
-            int(count or 1) * int(bits)
-            for count, bits in re.findall(r"(?:ld|st)\.global(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
+            [0] + [int(count or 1) * int(bits)
+                   for count, bits in re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)]
         ),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "mma": ptx.count("mma.sync"),
     }
 
 
 if __name__ == "__main__":
     for arch in map(int, sys.argv[1:]):
-        for variant in variants():
-            print(json.dumps(build(*variant, arch)), flush=True)
+        for variant in variants(arch):
+            print(json.dumps(build(variant, arch)), flush=True)

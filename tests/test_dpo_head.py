@@ -50,42 +50,42 @@ def test_a_pair_the_wrong_way_round():
 
 @pytest.mark.parametrize(("loss_type", "label_smoothing"), SETTINGS)
 def test_gradients_in_float64(loss_type, label_smoothing):
-    cu = torch.tensor([0, 3, 4, 9, 11, 13, 16])
-    logps = (-torch.rand(16, dtype=torch.float64)).requires_grad_()
-    refs = -torch.rand(6, dtype=torch.float64)
-    head = (cu, refs, 0.3, loss_type, label_smoothing)
-    assert torch.autograd.gradcheck(lambda x: dpo_head(x, *head), logps)
+    sums = [(-20 * torch.rand(5, dtype=torch.float64)).requires_grad_() for _ in range(4)]
+    lengths = torch.tensor([4, 1, 7, 2, 3]), torch.tensor([5, 2, 1, 9, 3])
+    settings = 0.3, loss_type, label_smoothing, *lengths
+    assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, *settings), sums)
 
 
-def batch(pairs, longest, requires_grad=True):
+def batch(pairs, longest):
     lengths = torch.randint(1, longest, (2 * pairs,))
     cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     logps = -3 * torch.rand(int(cu[-1]))
     refs = torch.stack([p.sum() for p in logps.split(lengths.tolist())]) + torch.randn(2 * pairs)
-    return logps.to(DEVICE).requires_grad_(requires_grad), cu, refs.to(DEVICE)
+    return logps.to(DEVICE), cu, refs.to(DEVICE)
 
 
+@pytest.mark.parametrize("rpo_alpha", [0.0, 0.7])
 @pytest.mark.parametrize(("loss_type", "label_smoothing"), SETTINGS)
-def test_against_float64(kernels, loss_type, label_smoothing):
-    """Losses, rewards, sums and a gradient that flows back through all four, unevenly."""
+def test_against_float64(kernels, loss_type, label_smoothing, rpo_alpha):
+    """Losses, rewards, sums and slopes; boundaries count from somewhere inside a longer batch."""
     logps, cu, refs = batch(9, 2500)  # sequences longer than one block
-    wide = logps.detach().double().requires_grad_()
+    wide = logps.double().requires_grad_()
     sums = torch.stack([p.sum() for p in wide.split(cu.diff().tolist())])
     lengths = cu.diff().to(DEVICE)
     r = refs.double()
-    setting = 0.1, loss_type, label_smoothing, lengths[0::2], lengths[1::2]
-    truth = *dpo_loss(sums[0::2], sums[1::2], r[0::2], r[1::2], *setting), sums
-    got = dpo_head(logps, cu, refs, 0.1, loss_type, label_smoothing)
-    upstream = [torch.randn(len(t), device=DEVICE) for t in got]
-    total = sum((u * t).sum() for u, t in zip(upstream, got, strict=True))
-    total_wide = sum((u.double() * t).sum() for u, t in zip(upstream, truth, strict=True))
+    setting = 0.1, loss_type, label_smoothing
+    losses, *rewards = dpo_loss(
+        sums[0::2], sums[1::2], r[0::2], r[1::2], *setting, lengths[0::2], lengths[1::2]
+    )
+    losses = losses - rpo_alpha * sums[0::2] / lengths[0::2]
+    (slopes,) = torch.autograd.grad(losses.sum(), wide, retain_graph=True)
+    got = dpo_head(logps, cu + 1000, refs, *setting, rpo_alpha)
     # One rounding of a sum s to float32 moves a log-ratio by 2^-24 |s|.
     atol = 2**-23 * sums.abs().max().item()
-    for a, b in zip(got, truth, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=20 * atol if a is got[0] else atol)
-    (grad,) = torch.autograd.grad(total, logps)
-    (grad_wide,) = torch.autograd.grad(total_wide, wide)
-    torch.testing.assert_close(grad.double(), grad_wide, rtol=1e-4, atol=20 * atol)
+    for name, a, b in zip(got._fields, got, (losses, *rewards, sums, slopes), strict=True):
+        assert a.dtype == torch.float32 and not a.requires_grad
+        loose = 20 if name in ("losses", "slopes") else 1
+        torch.testing.assert_close(a.double(), b.detach(), rtol=1e-5, atol=loose * atol)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "sigmoid_norm"])
@@ -94,8 +94,8 @@ def test_policy_equal_to_reference_is_exactly_ln_2(kernels, loss_type, label_smo
     if label_smoothing and loss_type not in SMOOTHED:
         label_smoothing = 0.0
     logps, cu, _ = batch(13, 1500)
-    refs = segment_sum(logps.detach(), cu)
-    losses, chosen, rejected, sums = dpo_head(logps, cu, refs, 0.1, loss_type, label_smoothing)
+    refs = segment_sum(logps, cu)
+    losses, chosen, rejected, sums, _ = dpo_head(logps, cu, refs, 0.1, loss_type, label_smoothing)
     assert torch.equal(losses, torch.full_like(losses, math.log(2)))
     assert not chosen.any() and not rejected.any()
     assert torch.equal(sums, refs)
@@ -104,17 +104,15 @@ def test_policy_equal_to_reference_is_exactly_ln_2(kernels, loss_type, label_smo
 def test_margins_far_from_zero_stay_finite(kernels):
     cu = torch.arange(9)
     logps = torch.tensor([0.0, -2e4, -2e4, 0.0, 0.0, -400.0, -400.0, 0.0], device=DEVICE)
-    logps.requires_grad_()
-    losses, *_ = dpo_head(logps, cu, torch.zeros(8, device=DEVICE), 0.1, "sigmoid", 0.0)
+    head = dpo_head(logps, cu, torch.zeros(8, device=DEVICE), 0.1, "sigmoid", 0.0)
     want = torch.tensor([0.0, 2000.0, math.exp(-40), 40.0], device=DEVICE)
-    torch.testing.assert_close(losses, want, rtol=1e-6, atol=0)
-    (grad,) = torch.autograd.grad(losses.sum(), logps)
-    assert grad.isfinite().all()
-    torch.testing.assert_close(grad[2:4], torch.tensor([-0.1, 0.1], device=DEVICE))
+    torch.testing.assert_close(head.losses, want, rtol=1e-6, atol=0)
+    assert head.slopes.isfinite().all()
+    torch.testing.assert_close(head.slopes[2:4], torch.tensor([-0.1, 0.1], device=DEVICE))
 
 
 def test_a_segment_does_not_depend_on_its_neighbours(kernels):
-    logps, cu, _ = batch(8, 1800, requires_grad=False)
+    logps, cu, _ = batch(8, 1800)
     sums = segment_sum(logps, cu)
     for i in (0, 7, 15):
         alone = logps[cu[i] : cu[i + 1]].clone()
@@ -131,6 +129,7 @@ def test_nan_reaches_the_loss(kernels):
 
 def test_segment_sum_gradient(kernels):
     logps, cu, _ = batch(3, 20)
+    logps.requires_grad_()
     upstream = torch.randn(6, device=DEVICE)
     (grad,) = torch.autograd.grad(segment_sum(logps, cu), logps, upstream)
     assert torch.equal(grad, upstream.repeat_interleave(cu.diff().to(DEVICE)))
@@ -157,14 +156,19 @@ def test_settings_that_make_no_loss(arguments, message):
     ("cu", "message"),
     [
         ([0, 2, 2, 4], "sequence 1 has no completion token"),
-        ([0, 2, 3], "0 to 3"),
-        ([1, 2, 4], "1 to 4"),
+        ([0, 2, 3], "number of tokens 4, got 0 to 3"),
+        ([1, 2, 4], "number of tokens 4, got 1 to 4"),
         ([], "cu_seqlens"),
     ],
 )
 def test_boundaries_that_do_not_fit(cu, message):
     with pytest.raises(ValueError, match=message):
         segment_sum(torch.zeros(4), torch.tensor(cu, dtype=torch.int64))
+
+
+def test_a_negative_weight_of_the_nll_term():
+    with pytest.raises(ValueError, match="rpo_alpha=-1.0"):
+        dpo_head(torch.zeros(2), torch.arange(3), torch.zeros(2), 0.1, "sigmoid", 0.0, -1.0)
 
 
 def test_one_reference_a_sequence():

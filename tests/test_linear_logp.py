@@ -183,6 +183,81 @@ def test_what_memory_held_before_does_not_matter(kernels, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("logit_scale", [1.0, 0.5])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softcap_and_logit_scale(kernels, dtype, softcap, logit_scale):
+    x, w, targets, upstream = case(21, 16, 301, dtype)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    want = linear_logp_ref(*wide, targets, softcap, logit_scale)
+    want = want.detach(), *torch.autograd.grad(want, wide, upstream.double())
+    options = {"softcap": softcap, "logit_scale": logit_scale}
+    bounds = (1e-6, 2e-6, 2e-6) if dtype == torch.float32 else (3e-3, 1e-2, 1e-2)
+    for more in ({}, {"chunk_bytes": 4000, "stash_bytes": 0}):
+        got = run(linear_logp, x, w, targets, upstream, **options, **more)
+        for a, b, bound in zip(got, want, bounds, strict=True):
+            assert error(a, b) < bound
+    frozen = torch.autograd.grad(linear_logp(x, w.detach(), targets, **options), x, upstream)
+    assert error(frozen[0], want[1]) < bounds[1]
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_entropy_and_correct_come_with_the_log_probs(kernels, softcap):
+    x, w, targets, _ = case(33, 16, 5001, torch.float32)
+    logits = x.detach().double() @ w.detach().double().t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    targets[::2] = logits.argmax(1)[::2]
+    p = logits.softmax(1)
+    plain = linear_logp(x, w, targets, softcap=softcap)
+    for weight in (w, w.detach()):
+        logps, stats = linear_logp(x, weight, targets, softcap=softcap, return_stats=True)
+        assert torch.equal(logps, plain) and torch.equal(stats.logps, plain) and logps.requires_grad
+        torch.testing.assert_close(stats.entropy.double(), -(p * p.log()).sum(1), rtol=1e-5, atol=1e-5)
+        assert torch.equal(stats.correct, (logits.argmax(1) == targets).float())
+        assert not stats.entropy.requires_grad
+
+
+def test_ignored_rows_take_no_part(kernels):
+    x, w, targets, upstream = case(20, 8, 70, torch.float32)
+    with torch.no_grad():
+        x[3] = float("nan")  # what padding may hold
+    targets[[3, 7, 19]] = -100
+    kept = targets != -100
+    logps, stats = linear_logp(x, w, targets, ignore_index=-100, return_stats=True)
+    grads = torch.autograd.grad(logps, (x, w), upstream)
+    assert not logps[~kept].any() and not stats.entropy[~kept].any() and not grads[0][~kept].any()
+    few = x.detach()[kept].requires_grad_()
+    want = linear_logp(few, w, targets[kept])
+    assert torch.equal(logps[kept], want)
+    for a, b in zip((grads[0][kept], grads[1]), torch.autograd.grad(want, (few, w), upstream[kept]),
+                    strict=True):
+        assert torch.equal(a, b)
+    none = linear_logp(x, w, torch.full_like(targets, -100), ignore_index=-100)
+    assert not none.any()
+
+
+def test_every_upstream_gradient_counts(kernels):
+    """Not the first one for all rows, as in a fused cross-entropy that assumed a mean."""
+    x, w, targets, _ = case(16, 8, 90, torch.float32)
+    for row in (0, 5, 15):
+        upstream = torch.zeros(16, device=DEVICE)
+        upstream[row] = 3.0
+        got = run(linear_logp, x, w, targets, upstream, chunk_bytes=4 * 90 * 4, stash_bytes=0)
+        want = truth(x, w, targets, upstream)
+        assert error(got[2], want[2]) < 1e-6
+        assert not got[1][torch.arange(16, device=DEVICE) != row].any()
+
+
+@pytest.mark.parametrize("vocab", [129_920, 151_936, 50_257])
+def test_padded_columns_do_not_enter_the_sum(kernels, vocab):
+    """Vocabularies that no block divides: log-probs rose to +123 in a kernel that forgot its mask."""
+    x, w, targets, _ = case(3, 4, vocab, torch.bfloat16, scale=0.1)
+    with torch.no_grad():
+        logp = linear_logp(x, w, targets)
+    assert (logp <= 0).all()
+    assert error(logp, truth(x, w, targets, torch.zeros(3, device=DEVICE))[0]) < 1e-3
+
+
 def test_huge_and_confident_logits(kernels):
     """No overflow at logits of 1e4; a sure row keeps a gradient that bfloat16's p - 1 would lose."""
     w = torch.tensor([[1.0], [0.0], [-1.0]], device=DEVICE, requires_grad=True)
@@ -211,6 +286,21 @@ def test_non_finite_hidden_is_seen_not_hidden(kernels):
         x[1, 2] = float("nan")
         logp = linear_logp(x, w, targets)
     assert logp.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 0.0}, "softcap=0.0"),
+        ({"logit_scale": -1.0}, "logit_scale=-1.0"),
+        ({"path": "liger"}, "path='liger'.*auto, gemm, fused"),
+        ({"path": "fused"}, "without gradient"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    x, w, targets, _ = case(3, 4, 10, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        linear_logp(x, w, targets, **options)
 
 
 def test_targets_outside_the_vocabulary(monkeypatch):

@@ -24,10 +24,10 @@ from srit import dist
 from srit.config import DPOConfig, run
 from srit.data import Batch, Schedule
 from srit.log import MetricsLog
-from srit.losses import chosen_nll, dpo_head, token_logps
+from srit.losses import linear_dpo, trained_hidden
 from srit.models import Decoder
 from srit.models.lora import disabled
-from srit.reference import collate_pairs, model_hash, pair_logps, reference_logps
+from srit.reference import collate_pairs, model_hash, reference_logps
 from srit.rows import Pair, read_pairs
 from srit.runs import claim_output_dir, write_run
 from srit.tokenizer import load_tokenizer
@@ -43,19 +43,24 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "
            "logps/chosen", "logps/rejected")
 
 
-def score(model: Decoder, batch: Batch, ref_logps: Tensor,
-          cfg: DPOConfig) -> tuple[Tensor, Tensor]:
-    """Summed loss of a micro-batch of pairs, and the sums of METRICS, (7,)."""
-    logps = token_logps(model, batch)
-    losses, chosen_rewards, rejected_rewards, sums = dpo_head(
-        logps, batch.cu_targets, ref_logps, cfg.beta, cfg.loss_type, cfg.label_smoothing)
-    if cfg.rpo_alpha is not None:
-        losses = losses + cfg.rpo_alpha * chosen_nll(logps, batch.cu_targets)
-    metrics = torch.stack([
-        losses, chosen_rewards, rejected_rewards, (chosen_rewards > rejected_rewards).float(),
-        chosen_rewards - rejected_rewards, sums[0::2], sums[1::2],
-    ])
-    return losses.sum(), metrics.detach().sum(1)
+def score(model: Decoder, batch: Batch, ref_logps: Tensor | None, cfg: DPOConfig,
+          scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Loss of a micro-batch of pairs, scale * their sum, and the sums of METRICS, (7,).
+
+    Without ref_logps the reference is the model with its adapter switched off.
+    """
+    ref_hidden = None
+    if ref_logps is None:
+        with disabled(model), torch.no_grad():
+            ref_hidden = trained_hidden(model, batch)
+    loss, pairs = linear_dpo(
+        trained_hidden(model, batch), model.head_weight, batch.targets, batch.cu_targets, ref_logps,
+        ref_hidden=ref_hidden, beta=cfg.beta, loss_type=cfg.loss_type,
+        label_smoothing=cfg.label_smoothing, rpo_alpha=cfg.rpo_alpha or 0.0, scale=scale)
+    chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
+    metrics = torch.stack([pairs.losses, chosen, rejected, (chosen > rejected).float(),
+                           chosen - rejected, pairs.chosen_logps, pairs.rejected_logps])
+    return loss, metrics.sum(1)
 
 
 @torch.no_grad()
@@ -125,14 +130,9 @@ def main(cfg: DPOConfig) -> None:
 
         sums = torch.zeros(len(METRICS), device=device)
         for rows, batch in zip(micro, batches, strict=True):
-            batch = batch.to(device)
-            if cfg.precompute_ref_log_probs:
-                ref_logps = ref[rows].flatten()
-            else:
-                with disabled(model):
-                    ref_logps = pair_logps(model, batch)
-            loss, metrics = score(model, batch, ref_logps, cfg)
-            (loss / n_pairs).backward()
+            known = ref[rows].flatten() if cfg.precompute_ref_log_probs else None
+            loss, metrics = score(model, batch.to(device), known, cfg, scale=1 / n_pairs)
+            loss.backward()
             sums += metrics
         dist.all_reduce_sum(sums)
         check_finite(sums[0], step + 1, [train[i].id for rows in micro for i in rows])

@@ -16,12 +16,13 @@ Out:  a model in Hugging Face layout, metrics.jsonl, run.json, checkpoint-N/
 import time
 
 import torch
+from torch import Tensor
 
 from srit import dist
 from srit.config import SFTConfig, run
-from srit.data import Schedule, collate, pack
+from srit.data import Batch, Schedule, collate, pack
 from srit.log import MetricsLog
-from srit.losses import token_logps
+from srit.losses import linear_nll, token_logps, trained_hidden
 from srit.models import Decoder
 from srit.rows import Example, read_sft
 from srit.runs import claim_output_dir, write_run
@@ -33,6 +34,15 @@ from srit.training import (
     load_for_training,
     longest_row,
 )
+
+METRICS = ("loss", "entropy", "mean_token_accuracy")
+
+
+def score(model: Decoder, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+    """Loss of a micro-batch, scale * sum of −log π over its trained tokens, and sums of METRICS, (3,)."""
+    loss, tokens = linear_nll(trained_hidden(model, batch), model.head_weight, batch.targets,
+                              scale=scale, return_stats=True)
+    return loss, torch.stack([-tokens.logps.sum(), tokens.entropy.sum(), tokens.correct.sum()])
 
 
 @torch.no_grad()
@@ -92,17 +102,18 @@ def main(cfg: SFTConfig) -> None:
         sizes = torch.tensor([[len(b.targets), b.input_ids.numel()] for b in batches] or [[0, 0]])
         trained, seen = dist.all_reduce_sum(sizes.sum(0).to(device)).tolist()
 
-        loss = torch.zeros((), device=device)
+        sums = torch.zeros(len(METRICS), device=device)
         for batch in batches:
-            part = -token_logps(model, batch.to(device)).sum() / trained
-            part.backward()
-            loss += part.detach()
-        dist.all_reduce_sum(loss)
-        check_finite(loss, step + 1, [train[i].id for rows in micro for i in rows])
+            loss, metrics = score(model, batch.to(device), 1 / trained)
+            loss.backward()
+            sums += metrics
+        dist.all_reduce_sum(sums)
+        check_finite(sums[0], step + 1, [train[i].id for rows in micro for i in rows])
         grad_norm = opt.step(step)
         opt.state.num_tokens += seen
 
-        log.add({"loss": loss * trained, "grad_norm": grad_norm * trained}, trained, seen)
+        log.add({**dict(zip(METRICS, sums, strict=True)), "grad_norm": grad_norm * trained},
+                trained, seen)
         values = {}
         if opt.eval_due():
             values["eval_loss"] = evaluate(model, held_out, cfg.per_device_eval_batch_size, device)
