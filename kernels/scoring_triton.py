@@ -48,8 +48,9 @@ def logits_tile(
             a = tl.load(x + rows[:, None] * D + (k + ks)[None, :])
             b = tl.load(w + cols[:, None] * D + (k + ks)[None, :])
         else:
-            a = tl.load(x + rows[:, None] * D + (k + ks)[None, :], mask=(k + ks)[None, :] < D, other=0.0)
-            b = tl.load(w + cols[:, None] * D + (k + ks)[None, :], mask=(k + ks)[None, :] < D, other=0.0)
+            inside = (k + ks)[None, :] < D
+            a = tl.load(x + rows[:, None] * D + (k + ks)[None, :], mask=inside, other=0.0)
+            b = tl.load(w + cols[:, None] * D + (k + ks)[None, :], mask=inside, other=0.0)
         if WIDEN:  # the interpreter multiplies the bit patterns of bfloat16
             a = a.to(tl.float32)
             b = b.to(tl.float32)

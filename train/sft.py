@@ -39,7 +39,7 @@ METRICS = ("loss", "entropy", "mean_token_accuracy")
 
 
 def score(model: Decoder, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
-    """Loss of a micro-batch, scale * sum of −log π over its trained tokens, and sums of METRICS, (3,)."""
+    """scale * sum of −log π over a micro-batch's trained tokens, and the sums of METRICS, (3,)."""
     loss, tokens = linear_nll(trained_hidden(model, batch), model.head_weight, batch.targets,
                               scale=scale, return_stats=True)
     return loss, torch.stack([-tokens.logps.sum(), tokens.entropy.sum(), tokens.correct.sum()])
