@@ -21,8 +21,10 @@ class Layout:
     attention_mask: Tensor | None
     cache: KVCache | None
     rows: Tensor | slice | None
+    prefixes: Tensor | None = None
     end: int = 0  # keys of the cache that any row may see
-    lengths: list[int] = field(default_factory=list)  # of the packed sequences
+    lengths: list[int] = field(default_factory=list)  # of the packed segments
+    parents: list[int] = field(default_factory=list)  # the segment that each one continues, or -1
     masks: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -30,6 +32,8 @@ class Layout:
             self.end = (int(self.positions.max()) // STRIDE + 1) * STRIDE
         elif self.cu_seqlens is not None:
             self.lengths = self.cu_seqlens.diff().tolist()
+            none = self.prefixes is None
+            self.parents = [-1] * len(self.lengths) if none else self.prefixes.tolist()
 
     def mask(self, window: int | None, T: int) -> Tensor | None:
         """Boolean mask, True = sees; None when plain causal attention says it all."""
@@ -57,10 +61,20 @@ class Layout:
         return seen[None, None]
 
 
-def _band(T: int, window: int | None, device: torch.device) -> Tensor:
-    """(T, T): a query sees the keys up to itself, the last `window` of them."""
-    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return seen if window is None else seen.triu(1 - window)
+    def segment_mask(self, window: int | None, before: int, T: int) -> Tensor | None:
+        """(T, before + T) for queries that continue `before` keys; None for plain causal ones."""
+        if not before and (window is None or T <= window):
+            return None
+        key = window, before, T
+        if key not in self.masks:
+            self.masks[key] = _band(T, window, self.positions.device, before)
+        return self.masks[key]
+
+
+def _band(T: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+    """(T, before + T): a query sees the keys up to itself, the last `window` of them."""
+    seen = torch.ones(T, before + T, dtype=torch.bool, device=device).tril(before)
+    return seen if window is None else seen.triu(before + 1 - window)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
@@ -70,20 +84,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: 
     if layout.cache is not None:
         return _cached(q, k, v, layout, layer, window, scale).transpose(1, 2)
     if layout.cu_seqlens is not None:
-        return _packed(q, k, v, layout.lengths, window, scale).transpose(1, 2)
+        return _packed(q, k, v, layout, window, scale).transpose(1, 2)
     mask = layout.mask(window, q.shape[2])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                          scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None,
+def _packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None,
             scale: float) -> Tensor:
-    """Sequence by sequence: exact, no (N, N) mask, no work on pairs of different sequences."""
+    """Segment by segment: exact, no (N, N) mask, no work on pairs of different sequences.
+
+    A segment that continues another one sees all of it before itself.
+    """
     parts = []
-    for a, b, c in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
-        T = a.shape[2]
-        mask = None if window is None or T <= window else _band(T, window, q.device)
+    queries, keys, values = (x.split(layout.lengths, 2) for x in (q, k, v))
+    for a, b, c, parent in zip(queries, keys, values, layout.parents, strict=True):
+        if parent >= 0:
+            b, c = torch.cat([keys[parent], b], 2), torch.cat([values[parent], c], 2)
+        mask = layout.segment_mask(window, b.shape[2] - a.shape[2], a.shape[2])
         parts.append(F.scaled_dot_product_attention(
             a, b, c, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True))
     return torch.cat(parts, 2)

@@ -5,7 +5,7 @@ Legend: N tokens of a packed stream, S sequences in it, M trained (completion) t
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,22 +15,41 @@ from srit.prompts import Rendered
 
 @dataclass
 class Batch:
-    """A packed stream of S sequences. No padding exists, so none can be counted."""
+    """A packed stream of sequences. No padding exists, so none can be counted.
+
+    Sequences that begin alike may share that beginning: it stands in the stream once, as a segment
+    that the others continue.
+    """
 
     input_ids: Tensor  # (1, N)
     positions: Tensor  # (1, N), restart at every sequence
-    cu_seqlens: Tensor  # (S + 1,) int32, where the sequences start
+    cu_seqlens: Tensor  # (segments + 1,) int32, where the segments start
+    prefixes: Tensor  # (segments,) int32, the segment that each one continues, or -1; on the CPU
     rows: Tensor  # (M,) stream index of the token *before* each trained token
     targets: Tensor  # (M,) the trained tokens
     cu_targets: Tensor  # (S + 1,) int32, where each sequence's trained tokens start; on the CPU
+    num_tokens: int  # of all sequences, shared or not
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (self.input_ids, self.positions, self.cu_seqlens, self.rows, self.targets)
-        return Batch(*(t.to(device) for t in moved), self.cu_targets)
+        moved = {name: getattr(self, name).to(device)
+                 for name in ("input_ids", "positions", "cu_seqlens", "rows", "targets")}
+        return replace(self, **moved)
 
 
-def collate(sequences: Sequence[Rendered]) -> Batch:
-    """Concatenate sequences into one stream.
+def shared_length(sequences: Sequence[Rendered]) -> int:
+    """Tokens that all sequences begin with; at least one of each is left, none of a single one."""
+    if len(sequences) < 2:
+        return 0
+    limit = min(len(s.ids) for s in sequences) - 1
+    first = sequences[0].ids
+    for i in range(limit):
+        if any(s.ids[i] != first[i] for s in sequences):
+            return i
+    return limit
+
+
+def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:
+    """Concatenate groups of sequences into one stream; a group shares its common beginning.
 
     The shift by one between a token and the position that predicts it happens here and nowhere
     else. The first token of a sequence has no predecessor and is never trained.
@@ -38,21 +57,39 @@ def collate(sequences: Sequence[Rendered]) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
-    starts, target_starts = [0], [0]
-    for sequence in sequences:
-        rows += [len(ids) + i - 1 for i, trained in enumerate(sequence.mask) if trained and i > 0]
-        ids += sequence.ids
-        positions += range(len(sequence.ids))
+    targets: list[int] = []
+    starts, prefixes, target_starts, num_tokens = [0], [], [0], 0
+
+    def add(segment: Sequence[int], position: int, parent: int) -> None:
+        ids.extend(segment)
+        positions.extend(range(position, position + len(segment)))
         starts.append(len(ids))
-        target_starts.append(len(rows))
-    stream, before = torch.tensor(ids), torch.tensor(rows, dtype=torch.int64)
+        prefixes.append(parent)
+
+    for group in groups:
+        shared, parent, beginning = shared_length(group), -1, len(ids)
+        if shared:
+            parent = len(prefixes)
+            add(group[0].ids[:shared], 0, -1)
+        for sequence in group:
+            # Where token i of the sequence stands: in the beginning, or after `offset`.
+            offset = len(ids) - shared
+            for i, trained in enumerate(sequence.mask):
+                if trained and i > 0:
+                    rows.append(i - 1 + (beginning if i - 1 < shared else offset))
+                    targets.append(sequence.ids[i])
+            add(sequence.ids[shared:], shared, parent)
+            target_starts.append(len(rows))
+            num_tokens += len(sequence.ids)
     return Batch(
-        input_ids=stream[None],
+        input_ids=torch.tensor(ids)[None],
         positions=torch.tensor(positions)[None],
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        rows=before,
-        targets=stream[before + 1],
+        prefixes=torch.tensor(prefixes, dtype=torch.int32),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
         cu_targets=torch.tensor(target_starts, dtype=torch.int32),
+        num_tokens=num_tokens,
     )
 
 

@@ -11,7 +11,8 @@ __all__ = ["dpo_loss", "linear_dpo", "linear_nll", "sequence_logps", "token_logp
 
 def trained_hidden(model: Decoder, batch: Batch) -> Tensor:
     """(M, D) hidden states of the positions that predict a trained token; only they reach the head."""
-    hidden = model.hidden(batch.input_ids, positions=batch.positions, cu_seqlens=batch.cu_seqlens)
+    hidden = model.hidden(batch.input_ids, positions=batch.positions, cu_seqlens=batch.cu_seqlens,
+                          prefixes=batch.prefixes)
     return hidden[0, batch.rows]
 
 

@@ -38,8 +38,8 @@ def pair_key(reference: str, pair: Pair) -> str:
 
 
 def collate_pairs(pairs: Sequence[Pair]) -> Batch:
-    """One stream, chosen and rejected alternating: sequence 2i is chosen i, 2i + 1 rejected i."""
-    return collate([side for pair in pairs for side in (pair.chosen, pair.rejected)])
+    """One stream: sequence 2i is chosen i, 2i + 1 rejected i, and the two share their beginning."""
+    return collate([(pair.chosen, pair.rejected) for pair in pairs])
 
 
 @torch.no_grad()

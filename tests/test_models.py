@@ -97,6 +97,25 @@ def test_b12_packing(family, ids):
 
 
 @torch.no_grad()
+def test_branches_of_one_prefix(family, ids):
+    """Segments that continue another one, in and out of the sliding window, beside strangers."""
+    _, theirs, ours = family
+    prefix, ends = ids[0, :9], [ids[1, :7], ids[2, :1], ids[0, 9:T]]
+    alone = ids[1, :5]
+    segments = [alone, prefix, *ends]
+    lengths = [len(x) for x in segments]
+    positions = torch.cat([torch.arange(5), torch.arange(9), *(9 + torch.arange(n) for n in lengths[2:])])
+    packed = ours(torch.cat(segments)[None], positions=positions[None],
+                  cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+                  prefixes=torch.tensor([-1, -1, 1, 1, 1]))[0].split(lengths)
+    close(packed[0], theirs(alone[None]).logits[0])
+    for end, logits in zip(ends, packed[2:], strict=True):
+        truth = theirs(torch.cat([prefix, end])[None]).logits[0]
+        close(packed[1], truth[:9])
+        close(logits, truth[9:])
+
+
+@torch.no_grad()
 def test_cache_token_by_token(family, ids):
     _, theirs, ours = family
     truth = theirs(ids).logits

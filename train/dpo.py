@@ -124,7 +124,7 @@ def main(cfg: DPOConfig) -> None:
         micro = [rows for rows in schedule.step(step, dist.rank()) if rows]
         batches = [collate_pairs([train[i] for i in rows]) for rows in micro]
         # (pairs, tokens) of the whole step, over micro-batches and ranks
-        sizes = torch.tensor([[len(r), b.input_ids.numel()]
+        sizes = torch.tensor([[len(r), b.num_tokens]
                               for r, b in zip(micro, batches, strict=True)] or [[0, 0]])
         n_pairs, seen = dist.all_reduce_sum(sizes.sum(0).to(device)).tolist()
 

@@ -53,7 +53,7 @@ def evaluate(model: Decoder, examples: list[Example], batch_size: int,
     total = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
     starts = range(dist.rank() * batch_size, len(examples), dist.world_size() * batch_size)
     for start in starts:
-        batch = collate([e.tokens for e in examples[start : start + batch_size]]).to(device)
+        batch = collate([[e.tokens] for e in examples[start : start + batch_size]]).to(device)
         total[0] -= token_logps(model, batch).sum()
         total[1] += len(batch.targets)
     nll, tokens = dist.all_reduce_sum(total).tolist()
@@ -97,9 +97,9 @@ def main(cfg: SFTConfig) -> None:
     for step in range(start, opt.total):
         micro = [[i for unit in units_ for i in units[unit]]
                  for units_ in schedule.step(step, dist.rank())]
-        batches = [collate([train[i].tokens for i in rows]) for rows in micro if rows]
+        batches = [collate([[train[i].tokens] for i in rows]) for rows in micro if rows]
         # (trained tokens, all tokens) of the whole step, over micro-batches and ranks
-        sizes = torch.tensor([[len(b.targets), b.input_ids.numel()] for b in batches] or [[0, 0]])
+        sizes = torch.tensor([[len(b.targets), b.num_tokens] for b in batches] or [[0, 0]])
         trained, seen = dist.all_reduce_sum(sizes.sum(0).to(device)).tolist()
 
         sums = torch.zeros(len(METRICS), device=device)
