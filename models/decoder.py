@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from srit.models.attention import Layout, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
+from srit.models.ops import gated, rms_norm
 
 
 class Linear(nn.Linear):
@@ -29,11 +30,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * w, or * (1 + w) in Gemma; statistics in float32, result in the dtype of x.
-
-    In plain operations: F.rms_norm takes another path when gradients are recorded, and the forward
-    must not depend on that (DPO starts at exactly ln 2).
-    """
+    """x / rms(x) * w, or * (1 + w) in Gemma; statistics in float32, result in the dtype of x."""
 
     def __init__(self, size: int, eps: float, gemma: bool) -> None:
         super().__init__()
@@ -41,10 +38,7 @@ class RMSNorm(nn.Module):
         self.eps, self.gemma = eps, gemma
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        weight = self.weight.float()
-        return (wide * (1 + weight if self.gemma else weight)).to(x.dtype)
+        return rms_norm(x, 1 + self.weight.float() if self.gemma else self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -84,9 +78,7 @@ class MLP(nn.Module):
         self.gelu = config.activation == "gelu_tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.gelu))
 
 
 class Block(nn.Module):

@@ -1,0 +1,68 @@
+"""RMSNorm and the gated activation, keeping for the backward only what is there anyway.
+
+Autograd would keep every intermediate of these elementwise chains, in bfloat16 also the float32 copies.
+Here the backward makes them again from the inputs.
+
+The forward is the same operations in the same order whether gradients are recorded or not, which a
+first DPO loss of exactly ln 2 rests on; F.rms_norm takes two paths.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; float32 inside, result in the dtype of x."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    """silu(gate) * up (SwiGLU), or gelu(gate) * up with the tanh approximation (GeGLU)."""
+    return _Gated.apply(gate, up, gelu)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale * weight.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x.float() * scale, grad.float()
+        dx = dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            grad = grad * weight.float()
+            # normed has mean square 1: the component of grad along it is a mean.
+            dx = (grad - normed * (grad * normed).mean(-1, keepdim=True)).mul_(scale).to(x.dtype)
+        return dx, dweight, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, gelu):
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        return _activate(gate, gelu).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        if ctx.gelu:
+            dgate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        else:
+            dgate = torch.ops.aten.silu_backward(grad * up, gate)
+        return dgate, _activate(gate, ctx.gelu).mul_(grad), None
+
+
+def _activate(gate: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
