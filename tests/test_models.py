@@ -104,8 +104,8 @@ def test_branches_of_one_prefix(family, ids):
     alone = ids[1, :5]
     segments = [alone, prefix, *ends]
     lengths = [len(x) for x in segments]
-    positions = torch.cat([torch.arange(5), torch.arange(9), *(9 + torch.arange(n) for n in lengths[2:])])
-    packed = ours(torch.cat(segments)[None], positions=positions[None],
+    positions = [torch.arange(5), torch.arange(9), *(9 + torch.arange(n) for n in lengths[2:])]
+    packed = ours(torch.cat(segments)[None], positions=torch.cat(positions)[None],
                   cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
                   prefixes=torch.tensor([-1, -1, 1, 1, 1]))[0].split(lengths)
     close(packed[0], theirs(alone[None]).logits[0])

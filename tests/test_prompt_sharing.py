@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tiny import tiny_checkpoint
 
 from srit.config import DPOConfig
 from srit.data import collate
 from srit.models import load_model
 from srit.prompts import Rendered
 from srit.train.dpo import score
-from tiny import tiny_checkpoint
 
 # Prompt, chosen, rejected; common beginnings of completions; a one-token prompt and completion.
 SIZES = [(20, 15, 9, 0), (7, 30, 4, 3), (1, 1, 8, 0), (33, 12, 12, 11)]
@@ -26,7 +26,8 @@ def sides(size):
 def model(request, tmp_path):
     changes = {}
     if request.param == "window":
-        changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+        changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+                   "sliding_window": 8}
     model, _ = load_model(str(tiny_checkpoint(tmp_path / "m", scale=4.0, **changes)))
     model.gradient_checkpointing = request.param == "checkpointing"
     return model.train()

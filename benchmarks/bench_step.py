@@ -1,0 +1,278 @@
+"""One training step, SFT or DPO, against TRL's trainers: same rows, same model, same optimizer.
+
+    python benchmarks/bench_step.py [--stage dpo sft] [--model SmolLM2-135M] [--dtype float32]
+
+Every contender runs in a process of its own, in turns, so that a noisy machine hits all alike; losses
+are compared before any time is printed. A random checkpoint of the model's shape and a tokenizer of
+one token a word make rows of exactly the lengths in benchmarks/lengths.json, which are those of real
+pairs and demonstrations. Step time: median over the steps after the first. Peak memory: of the
+process, beyond what it held before it loaded the model. Writes benchmarks/results/bench_step_*.csv.
+Needs the [bench] extra.
+"""
+
+import argparse
+import csv
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SHAPES = {  # layers, hidden, intermediate, heads, key/value heads, vocabulary, tied
+    "SmolLM2-135M": (30, 576, 1536, 9, 3, 49152, True),
+    "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 128256, True),
+    "Qwen2.5-1.5B": (28, 1536, 8960, 12, 2, 151936, True),
+}
+CONTENDERS = {
+    "srit": {"stages": ("sft", "dpo")},
+    "srit, checkpointing": {"stages": ("sft", "dpo"), "checkpointing": True},
+    "trl": {"stages": ("sft", "dpo")},
+    "trl, checkpointing": {"stages": ("sft", "dpo"), "checkpointing": True},
+    "trl, liger": {"stages": ("sft", "dpo"), "liger": True},
+}
+
+
+def make_checkpoint(directory: Path, shape: str) -> None:
+    """A random Llama of this shape, and a tokenizer whose token i is the word `w<i>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from srit.models import Decoder, ModelConfig, save_model
+
+    layers, hidden, intermediate, heads, kv_heads, vocab, tied = SHAPES[shape]
+    torch.manual_seed(0)
+    config = ModelConfig.from_dict({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab,
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+        "hidden_act": "silu", "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": 0})
+    model = Decoder(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    save_model(model, config, directory)
+    words = {"</s>": 0} | {f"w{i}": i for i in range(1, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "</s>"}))
+
+
+def make_rows(stage: str, n: int, vocab: int) -> list[dict]:
+    """Random words in the recorded lengths; an end-of-sequence token follows every completion."""
+    rng, lengths = random.Random(0), json.loads((HERE / "lengths.json").read_text())
+    sizes = lengths["pairs" if stage == "dpo" else "demonstrations"]
+    names = ("prompt", "chosen", "rejected") if stage == "dpo" else ("prompt", "completion")
+
+    def text(words: int, first: bool) -> str:
+        joined = " ".join(f"w{rng.randrange(1, vocab)}" for _ in range(words))
+        return joined if first else f" {joined}"
+
+    return [{name: text(size - (name != "prompt"), name == "prompt")
+             for name, size in zip(names, sizes[i % len(sizes)], strict=True)} for i in range(n)]
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes; on a GPU, its own counters."""
+    if torch.cuda.is_available():
+        counters = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
+        return counters[name]()
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(name))
+
+
+def run_srit(args: argparse.Namespace, rows: Path, checkpointing: bool) -> tuple[list, list]:
+    from srit import training
+    from srit.config import DPOConfig, SFTConfig
+    from srit.train import dpo, sft
+
+    times, step = [], training.Optimization.step
+
+    def timed(self, *arguments):
+        norm = step(self, *arguments)
+        times.append((norm.item(), time.perf_counter())[1])  # waits for the device
+        return norm
+
+    training.Optimization.step = timed
+    config, main = (DPOConfig, dpo.main) if args.stage[0] == "dpo" else (SFTConfig, sft.main)
+    out = rows.parent / "srit"
+    main(config(args.checkpoint, [str(rows)], str(out), dtype=args.dtype, max_length=2048,
+                device="cuda" if torch.cuda.is_available() else "cpu", max_steps=args.steps,
+                learning_rate=1e-5, lr_scheduler_type="constant", warmup_ratio=0.0,
+                per_device_train_batch_size=args.batch_size, gradient_checkpointing=checkpointing,
+                logging_steps=1, shuffle_dataset=False))
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return times, [json.loads(line)["loss"] for line in lines]
+
+
+def run_trl(args: argparse.Namespace, rows: Path, checkpointing: bool,
+            liger: bool) -> tuple[list, list]:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    sft, times, losses = args.stage[0] == "sft", [], []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+        def on_log(self, *_, logs=None, **__):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    base = trl.SFTTrainer if sft else trl.DPOTrainer
+
+    class FileOrder(base):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    on_gpu = torch.cuda.is_available()
+    bf16 = args.dtype == "bfloat16"
+    special = {"completion_only_loss": True} if sft else {
+        "beta": 0.1, "precompute_ref_log_probs": True,
+        "precompute_ref_batch_size": args.batch_size}
+    if on_gpu and bf16:
+        special["padding_free"] = True
+    trainer = FileOrder(
+        model=AutoModelForCausalLM.from_pretrained(
+            args.checkpoint, dtype=torch.float32,
+            attn_implementation="flash_attention_2" if on_gpu and bf16 else "sdpa"),
+        args=(trl.SFTConfig if sft else trl.DPOConfig)(
+            output_dir=str(rows.parent / "trl"), max_steps=args.steps, learning_rate=1e-5,
+            lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused",
+            weight_decay=0.0, per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=1, gradient_checkpointing=checkpointing, logging_steps=1,
+            bf16=bf16, use_cpu=not on_gpu, max_length=2048, report_to=[], save_strategy="no",
+            disable_tqdm=True, use_liger_kernel=liger, **special),
+        train_dataset=Dataset.from_list([json.loads(x) for x in rows.read_text().splitlines()]),
+        processing_class=AutoTokenizer.from_pretrained(args.checkpoint), callbacks=[Watch()])
+    trainer.train()
+    return times, losses
+
+
+def contend(args: argparse.Namespace) -> None:
+    """Child process: run one contender and print a JSON line."""
+    options = dict(CONTENDERS[args.contender])
+    options.pop("stages")
+    checkpointing = options.pop("checkpointing", False)
+    vocab = SHAPES[args.model][5]
+    if args.contender.startswith("trl"):
+        import trl  # noqa: F401  what it imports is not counted as memory of the step
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.jsonl")
+        made = make_rows(args.stage[0], args.steps * args.batch_size, vocab)
+        rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+        before = resident("VmRSS")
+        if args.contender.startswith("srit"):
+            times, losses = run_srit(args, rows, checkpointing)
+        else:
+            times, losses = run_trl(args, rows, checkpointing, **options or {"liger": False})
+        peak = resident("VmHWM") - before
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    print(json.dumps({"seconds": seconds, "losses": losses, "peak": peak}))
+
+
+def tokens_a_step(stage: str, steps: int, batch_size: int, vocab: int) -> list[int]:
+    """Tokens of every step as both trainers see them: prompts with each of their completions."""
+    rows = make_rows(stage, steps * batch_size, vocab)
+    sizes = [{name: len(text.split()) + (name != "prompt") for name, text in row.items()}
+             for row in rows]
+    counts = [(len(s) - 1) * s["prompt"] + sum(s.values()) - s["prompt"] for s in sizes]
+    return [sum(counts[i : i + batch_size]) for i in range(0, len(counts), batch_size)]
+
+
+def measure(args: argparse.Namespace, stage: str) -> list[dict]:
+    """Every contender, `rounds` times in turns; one CSV row each."""
+    results: dict[str, list[dict]] = {}
+    for turn in range(args.rounds):
+        for name in args.contenders:
+            command = [sys.executable, __file__, "--contender", name, "--stage", stage, "--model",
+                       args.model, "--dtype", args.dtype, "--steps", str(args.steps),
+                       "--batch_size", str(args.batch_size), "--checkpoint", args.checkpoint]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{stage}: {name} failed: {done.stderr.strip().splitlines()[-1][:160]}")
+                continue
+            results.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{stage}: round {turn + 1}, {name}: "
+                  f"{statistics.median(results[name][-1]['seconds']):.2f} s a step", flush=True)
+
+    ours = results["srit"][0]["losses"]
+    for name, runs in results.items():
+        # bf16 forwards differ in rounding; float32 ones hardly
+        bound = 1e-3 if args.dtype == "float32" else 2e-2
+        worst = max(abs(a - b) / abs(b) for a, b in zip(runs[0]["losses"], ours, strict=True))
+        if worst > bound:
+            sys.exit(f"{stage}: losses of {name} differ from ours by {worst:.1e} relative, "
+                     f"allowed {bound}: {runs[0]['losses']} against {ours}")
+        print(f"{stage}: losses of {name} agree to {worst:.1e}")
+
+    from srit.runs import describe
+
+    tokens = tokens_a_step(stage, args.steps, args.batch_size, SHAPES[args.model][5])[1:]
+    machine, rows = describe(), []
+    for name, runs in results.items():
+        speeds = [t / s for run in runs for t, s in zip(tokens, run["seconds"], strict=True)]
+        rows.append({
+            "stage": stage, "contender": name, "model": args.model, "dtype": args.dtype,
+            "batch_size": args.batch_size, "tokens_per_second": round(statistics.median(speeds), 1),
+            "seconds_p50": round(statistics.median(s for r in runs for s in r["seconds"]), 3),
+            "peak_mib": round(max(run["peak"] for run in runs) / 2**20), "commit": machine["commit"],
+            "torch": torch.__version__, "trl": version("trl"), "machine": machine["machine"]})
+    base = {row["contender"]: row for row in rows}
+    for row in rows:
+        other = base.get("trl, checkpointing" if "checkpointing" in row["contender"] else "trl", row)
+        row["speed_to_trl"] = round(row["tokens_per_second"] / other["tokens_per_second"], 2)
+        row["memory_to_trl"] = round(row["peak_mib"] / other["peak_mib"], 2)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", nargs="+", choices=["dpo", "sft"], default=["dpo", "sft"])
+    parser.add_argument("--model", choices=list(SHAPES), default="SmolLM2-135M")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch_size", type=int, default=4, help="pairs (dpo) or rows (sft)")
+    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS),
+                        default=["srit", "trl", "srit, checkpointing", "trl, checkpointing"])
+    parser.add_argument("--output")
+    parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        contend(args)
+        return
+    where = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    output = Path(args.output or HERE / f"results/bench_step_{args.model}_{args.dtype}_{where}.csv")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        args.checkpoint = folder
+        make_checkpoint(Path(folder), args.model)
+        for stage in args.stage:
+            rows += measure(args, stage)
+    for row in rows:
+        print("{stage:4} {contender:22} {tokens_per_second:9.1f} tokens/s {speed_to_trl:5.2f}x  "
+              "{peak_mib:6d} MiB {memory_to_trl:5.2f}x".format(**row))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
