@@ -167,8 +167,12 @@ def contend(args: argparse.Namespace) -> None:
     options.pop("stages")
     checkpointing = options.pop("checkpointing", False)
     vocab = SHAPES[args.model][5]
+    # What the imports take is not counted as memory of the step.
     if args.contender.startswith("trl"):
-        import trl  # noqa: F401  what it imports is not counted as memory of the step
+        import trl
+    else:
+        import srit.train.dpo
+        import srit.train.sft  # noqa: F401
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
         made = make_rows(args.stage[0], args.steps * args.batch_size, vocab)

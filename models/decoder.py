@@ -9,6 +9,7 @@ dimension, V vocabulary.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from srit.models.attention import Layout, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
-from srit.models.ops import gated, rms_norm
+from srit.models.ops import gated, remade, rms_norm
 
 
 class Linear(nn.Linear):
@@ -77,8 +78,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(F_, D, bias=config.mlp_bias)
         self.gelu = config.activation == "gelu_tanh"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.gelu))
+    def forward(self, x: Tensor, remake: bool) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = gated(gate, up, self.gelu)
+        with remade(product, partial(gated, gate.detach(), up.detach(), self.gelu), remake):
+            return self.down_proj(product)
 
 
 class Block(nn.Module):
@@ -97,13 +101,20 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        attention = self.self_attn(self.input_layernorm(x), tables, layout)
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout,
+                remake: bool) -> Tensor:
+        norm = self.input_layernorm
+        normed = norm(x)
+        with remade(normed, partial(norm, x.detach()), remake):
+            attention = self.self_attn(normed, tables, layout)
         if self.sandwich:
-            x = x + self.post_attention_layernorm(attention)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+            attention = self.post_attention_layernorm(attention)
         x = x + attention
-        return x + self.mlp(self.post_attention_layernorm(x))
+        norm = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
+        normed = norm(x)
+        with remade(normed, partial(norm, x.detach()), remake):
+            mlp = self.mlp(normed, remake)
+        return x + (self.post_feedforward_layernorm(mlp) if self.sandwich else mlp)
 
 
 class Body(nn.Module):
@@ -185,9 +196,9 @@ class Decoder(nn.Module):
         for block, window in zip(self.model.layers, self.config.windows, strict=True):
             rope = tables[self.config.rope if window is None else self.config.local_rope]
             if recompute:
-                x = checkpoint(block, x, rope, layout, use_reentrant=False)
+                x = checkpoint(block, x, rope, layout, False, use_reentrant=False)
             else:
-                x = block(x, rope, layout)
+                x = block(x, rope, layout, torch.is_grad_enabled())
         if cache is not None:
             cache.lengths[rows] += T
         return self.model.norm(x)

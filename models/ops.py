@@ -7,6 +7,9 @@ The forward is the same operations in the same order whether gradients are recor
 first DPO loss of exactly ln 2 rests on; F.rms_norm takes two paths.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +24,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """silu(gate) * up (SwiGLU), or gelu(gate) * up with the tanh approximation (GeGLU)."""
     return _Gated.apply(gate, up, gelu)
+
+
+def remade(value: Tensor, make: Callable[[], Tensor], when: bool) -> AbstractContextManager:
+    """Within, autograd keeps nothing where it would keep `value`; the backward calls `make` for it.
+
+    For a cheap function of tensors that are kept anyway, in front of linear layers, whose inputs are
+    the largest part of what a block keeps. `make` must give the same bits, and hold detached tensors,
+    or the graph would hold itself. `when` False: nothing special (activation checkpointing has
+    hooks of its own, which these would hide).
+    """
+    if not when:
+        return nullcontext()
+    address, size = value.data_ptr(), value.numel()
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        same = tensor.data_ptr() == address and tensor.numel() == size
+        return tensor.shape if same else tensor
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return make().view(kept) if isinstance(kept, torch.Size) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """What the two training loops share; the loops themselves stand in train/sft.py and train/dpo.py."""
 
+import ctypes
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +63,15 @@ def check_finite(loss: Tensor, step: int, ids: Sequence[str]) -> None:
                          "Lower --learning_rate, or look at these rows")
 
 
+def return_free_memory(device: torch.device) -> None:
+    """Give back what a step has freed. glibc keeps pieces between live blocks, where the next step's
+    gradients and activations do not fit: in the end a third of the process."""
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
+        if trim is not None:
+            trim(0)
+
+
 class Optimization:
     """Optimizer, schedule, checkpoints and the best weights of one training run."""
 
@@ -103,6 +114,7 @@ class Optimization:
         set_learning_rate(self.optimizer, self.learning_rate(step))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return_free_memory(norm.device)
         self.state.step = step + 1
         return norm
 
