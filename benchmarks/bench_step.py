@@ -12,6 +12,7 @@ Needs the [bench] extra.
 
 import argparse
 import csv
+import importlib
 import json
 import random
 import statistics
@@ -168,11 +169,7 @@ def contend(args: argparse.Namespace) -> None:
     checkpointing = options.pop("checkpointing", False)
     vocab = SHAPES[args.model][5]
     # What the imports take is not counted as memory of the step.
-    if args.contender.startswith("trl"):
-        import trl
-    else:
-        import srit.train.dpo
-        import srit.train.sft  # noqa: F401
+    importlib.import_module("trl" if args.contender.startswith("trl") else "srit.train.dpo")
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
         made = make_rows(args.stage[0], args.steps * args.batch_size, vocab)

@@ -39,6 +39,10 @@ def load_for_training(cfg: TrainConfig, tokenizer: Tokenizer,
         raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
                          f"tokens, the model only {config.vocab_size}; they do not belong together")
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    if device.type == "cpu":
+        # The last of the backward is the embedding's gradient, as large as the embedding. The
+        # activations are free by then, but in pieces.
+        model.model.embed_tokens.register_full_backward_pre_hook(return_free_memory)
     return model.train(), config
 
 
@@ -63,10 +67,9 @@ def check_finite(loss: Tensor, step: int, ids: Sequence[str]) -> None:
                          "Lower --learning_rate, or look at these rows")
 
 
-def return_free_memory(device: torch.device) -> None:
-    """Give back what a step has freed. glibc keeps pieces between live blocks, where the next step's
-    gradients and activations do not fit: in the end a third of the process."""
-    if device.type == "cpu" and sys.platform == "linux":
+def return_free_memory(*_: object) -> None:
+    """Give the system what is free: glibc keeps pieces that are too small for what comes next."""
+    if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
         if trim is not None:
             trim(0)
@@ -114,7 +117,8 @@ class Optimization:
         set_learning_rate(self.optimizer, self.learning_rate(step))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return_free_memory(norm.device)
+        if norm.device.type == "cpu":
+            return_free_memory()
         self.state.step = step + 1
         return norm
 
