@@ -4,7 +4,7 @@
     python benchmarks/bench_kernels.py --plot FILE.csv  figures from a CSV, on any machine
 
 Stages: `score` (log-probs, no gradient), `train` (mean NLL, forward and backward), `frozen` (the same
-under a frozen head), `dpo` (preference loss of pairs whose prompts are half of the rows). Every
+under a frozen head), `dpo` (preference loss of pairs with prompts as long as completions). Every
 contender must first agree with float64. The roofline is measured: the bare GEMMs of the stage, on a
 chunk of rows, in the same dtype. CPU contenders take turns, so that a noisy machine hits all alike.
 Peak memory is what a call takes beyond what was there before. Peers that are not installed are named
@@ -72,8 +72,8 @@ def make_problem(stage: str, n: int, d: int, vocab: int, dtype: torch.dtype, dev
     if stage != "dpo":
         hidden = torch.randn(n, d, device=device).to(dtype).requires_grad_(trained)
         return Problem(stage, hidden, weight, torch.randint(0, vocab, (n,), device=device))
-    length = min(512, n // 2)
-    sequences = 2 * max(1, n // (2 * length))
+    length = min(512, n)  # half of it prompt
+    sequences = 2 * max(1, n // length)
     hidden = torch.randn(sequences, length, d, device=device).to(dtype).requires_grad_()
     targets = torch.randint(0, vocab, (sequences, length), device=device)
     half = torch.arange(length // 2, length, device=device)
@@ -381,7 +381,7 @@ def measure(p: Problem, found: dict, model: str, n: int, device: str, rounds: in
 
 def show(rows: list[dict]) -> None:
     first = rows[0]
-    print("\n{stage}  {model}  N={n} ({scored} scored)  {dtype}".format(**first))
+    print("\n{stage}  {model}  N={scored}  {dtype}".format(**first))
     for row in rows:
         if "p50_ms" not in row:
             print(f"  {row['contender']:22} out of memory")
@@ -468,12 +468,12 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(GEMMS), default=list(GEMMS))
     parser.add_argument("--models", nargs="+", choices=list(MODELS),
                         default=list(MODELS) if gpu else ["SmolLM2-135M"])
-    parser.add_argument("--rows", nargs="+", type=int,
-                        default=[16384, 4096, 65536] if gpu else [4096],
-                        help="N; for dpo half of them are scored")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="N",
+                        default=[16384, 4096, 65536] if gpu else [2048],
+                        help="N, scored rows; dpo has as many prompt rows beside them")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"],
                         default=["bfloat16"] if gpu else ["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=20 if gpu else 3)
+    parser.add_argument("--rounds", type=int, default=20 if gpu else 5)
     parser.add_argument("--time_limit", type=float, default=float("inf"),
                         help="seconds; shapes that would start later are skipped")
     parser.add_argument("--output")
