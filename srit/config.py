@@ -70,6 +70,8 @@ class TrainConfig:
     """Clip the global gradient norm; 0 switches clipping off."""
     per_device_train_batch_size: int = 8
     """Rows (SFT) or pairs (DPO) in one forward pass of one process."""
+    max_tokens_per_batch: int = 0
+    """Instead: as many rows or pairs in one forward pass as fit this many tokens; 0: off."""
     per_device_eval_batch_size: int = 8
     """The same for the evaluation loss."""
     gradient_accumulation_steps: int = 1
@@ -108,7 +110,7 @@ class TrainConfig:
                      "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
-                     "warmup_steps"):
+                     "warmup_steps", "max_tokens_per_batch"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs",
                self.num_train_epochs, "positive when max_steps is not given")
@@ -131,6 +133,11 @@ class SFTConfig(TrainConfig):
     """Keep only demonstrations whose final answer is the ground truth."""
     packing: bool = False
     """Fill rows up to max_length with several examples; attention stays within each example."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(not (self.packing and self.max_tokens_per_batch), "packing", True,
+               "False with --max_tokens_per_batch, which packs as well")
 
 
 @dataclass

@@ -23,7 +23,7 @@ class Batch:
 
     input_ids: Tensor  # (1, N)
     positions: Tensor  # (1, N), restart at every sequence
-    cu_seqlens: Tensor  # (segments + 1,) int32, where the segments start
+    cu_seqlens: Tensor  # (segments + 1,) int32, where the segments start; on the CPU
     prefixes: Tensor  # (segments,) int32, the segment that each one continues, or -1; on the CPU
     rows: Tensor  # (M,) stream index of the token *before* each trained token
     targets: Tensor  # (M,) the trained tokens
@@ -31,8 +31,9 @@ class Batch:
     num_tokens: int  # of all sequences, shared or not
 
     def to(self, device: torch.device) -> "Batch":
+        """With what the GPU computes on; boundaries stay where reading them waits for nothing."""
         moved = {name: getattr(self, name).to(device)
-                 for name in ("input_ids", "positions", "cu_seqlens", "rows", "targets")}
+                 for name in ("input_ids", "positions", "rows", "targets")}
         return replace(self, **moved)
 
 
@@ -96,22 +97,24 @@ def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First-fit-decreasing bins of row indices; every row stands in exactly one bin.
 
-    Raises ValueError for a row longer than `capacity`: dropping it is the caller's decision.
+    A tree over the bins' free room finds the first that fits in log n steps. Raises ValueError for a
+    row longer than `capacity`: dropping it is the caller's decision.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    room = [capacity] * (2 * leaves)  # room[i]: the most that a bin below node i has free
+    bins: list[list[int]] = [[] for _ in lengths]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[index] > capacity:
             raise ValueError(f"row {index} has {lengths[index]} tokens, a bin holds {capacity}")
-        for at, free in enumerate(room):
-            if lengths[index] <= free:
-                bins[at].append(index)
-                room[at] -= lengths[index]
-                break
-        else:
-            bins.append([index])
-            room.append(capacity - lengths[index])
-    return bins
+        node = 1
+        while node < leaves:
+            node = 2 * node + (room[2 * node] < lengths[index])
+        bins[node - leaves].append(index)
+        room[node] -= lengths[index]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return [b for b in bins if b]
 
 
 @dataclass(frozen=True)
@@ -149,3 +152,7 @@ class Schedule:
         units = self.order(epoch)[at * size : (at + 1) * size]
         micro = [units[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
         return micro[rank :: self.world_size]
+
+    def rows(self, step: int, rank: int, units: Sequence[Sequence[int]]) -> list[list[int]]:
+        """`step` with units opened: the rows of every micro-batch."""
+        return [[i for unit in batch for i in units[unit]] for batch in self.step(step, rank)]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srit.answers import grade
+from srit.data import shared_length
 from srit.models.files import InputError
 from srit.prompts import Rendered, question_messages, render, render_conversation
 from srit.records import Counts, check_question, read_lines, require
@@ -25,6 +26,15 @@ class Pair:
     id: str
     chosen: Rendered
     rejected: Rendered
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.chosen.ids) + len(self.rejected.ids)
+
+    @property
+    def stream_length(self) -> int:
+        """Tokens that a forward pass reads: the common beginning stands there once."""
+        return self.num_tokens - shared_length([self.chosen, self.rejected])
 
 
 def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,

@@ -1,6 +1,7 @@
 """What the two training loops share; the loops themselves stand in train/sft.py and train/dpo.py."""
 
 import ctypes
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from srit.checkpoint import (
     save_weights,
 )
 from srit.config import TrainConfig
-from srit.data import Schedule
+from srit.data import Schedule, pack
 from srit.models import Decoder, ModelConfig, load_model, save_model
 from srit.models.files import InputError, atomic_dir
 from srit.models.lora import add_lora, merge
@@ -40,9 +41,7 @@ def load_for_training(cfg: TrainConfig, tokenizer: Tokenizer,
                          f"tokens, the model only {config.vocab_size}; they do not belong together")
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if device.type == "cpu":
-        # The last of the backward is the embedding's gradient, as large as the embedding. The
-        # activations are free by then, but in pieces.
-        model.model.embed_tokens.register_full_backward_pre_hook(return_free_memory)
+        model.model.embed_tokens.register_forward_hook(_free_before_its_gradient)
     return model.train(), config
 
 
@@ -59,12 +58,20 @@ def attach_lora(model: Decoder, cfg: TrainConfig) -> None:
              target_modules=cfg.lora_target_modules or None)
 
 
-def check_finite(loss: Tensor, step: int, ids: Sequence[str]) -> None:
-    """Raise before a broken gradient reaches the weights."""
-    if not torch.isfinite(loss):
-        shown = ", ".join(list(ids)[:8])
-        raise InputError(f"step {step}: loss is {loss.item()}; rows of this step: {shown}. "
-                         "Lower --learning_rate, or look at these rows")
+def batches_of(sizes: Sequence[int], cfg: TrainConfig,
+               capacity: int = 0) -> tuple[list[list[int]], int]:
+    """Which rows go together, and how many such units one forward pass takes.
+
+    Units are single rows, bins of at most `capacity` tokens (packing), or, with
+    max_tokens_per_batch, bins that are a forward pass each.
+    """
+    if cfg.max_tokens_per_batch:
+        if max(sizes) > cfg.max_tokens_per_batch:
+            raise InputError(f"--max_tokens_per_batch {cfg.max_tokens_per_batch} is less than the "
+                             f"longest row's {max(sizes)} tokens: raise it, or lower --max_length")
+        return pack(sizes, cfg.max_tokens_per_batch), 1
+    units = pack(sizes, capacity) if capacity else [[i] for i in range(len(sizes))]
+    return units, cfg.per_device_train_batch_size
 
 
 def return_free_memory(*_: object) -> None:
@@ -73,6 +80,13 @@ def return_free_memory(*_: object) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
         if trim is not None:
             trim(0)
+
+
+def _free_before_its_gradient(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+    """The last of the backward is the embedding's gradient, as large as the embedding. By then the
+    activations are free, but in pieces."""
+    if output.requires_grad:
+        output.register_hook(return_free_memory)
 
 
 class Optimization:
@@ -88,6 +102,7 @@ class Optimization:
         self.optimizer = make_adamw(model, cfg.learning_rate, cfg.weight_decay,
                                     (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_epsilon)
         self.state = TrainState(total_steps=self.total)
+        self.unchecked: list[tuple[int, list[str], Tensor]] = []  # step, ids, loss
 
     def resume(self, reference: str | None = None) -> int:
         """Load the checkpoint to go on from, if there is one; the step to start with."""
@@ -107,20 +122,35 @@ class Optimization:
         factor = lr_factor(step, self.total, self.warmup, self.cfg.lr_scheduler_type)
         return self.cfg.learning_rate * factor
 
-    def step(self, step: int) -> Tensor:
-        """Reduce, clip, update, clear: the gradient norm before clipping."""
+    def step(self, step: int, loss: Tensor, ids: list[str]) -> Tensor:
+        """Reduce, clip, update, clear: the gradient norm before clipping.
+
+        A step whose norm is not finite changes no weight: the fused optimizer reads that from the
+        device. `check_finite` ends the run, with the `ids` of its rows, when the host next looks.
+        """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         dist.all_reduce_gradients(trained)
         if all(p.grad is None for p in trained):
             raise RuntimeError("no trained parameter received a gradient")
         norm = clip_gradients(self.model, self.cfg.max_grad_norm)
         set_learning_rate(self.optimizer, self.learning_rate(step))
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        self.unchecked.append((step + 1, ids, loss + 0 * norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if norm.device.type == "cpu":
             return_free_memory()
         self.state.step = step + 1
         return norm
+
+    def check_finite(self) -> None:
+        """Raise InputError for the first step since the last call whose loss was not finite."""
+        steps, self.unchecked = self.unchecked, []
+        losses = torch.stack([loss for _, _, loss in steps]).tolist() if steps else []
+        for (step, ids, _), loss in zip(steps, losses, strict=True):
+            if not math.isfinite(loss):
+                raise InputError(f"step {step}: loss or gradient is not finite; rows of this step: "
+                                 f"{', '.join(ids[:8])}. Lower --learning_rate, or look at these rows")
 
     def log_due(self) -> bool:
         return self.state.step % self.cfg.logging_steps == 0 or self.state.step == self.total
@@ -143,7 +173,10 @@ class Optimization:
 
     def checkpoint(self) -> None:
         """Write checkpoint-N when one is due."""
-        if self.cfg.save_steps and self.state.step % self.cfg.save_steps == 0 and dist.rank() == 0:
+        due = self.cfg.save_steps and self.state.step % self.cfg.save_steps == 0
+        if due:
+            self.check_finite()
+        if due and dist.rank() == 0:
             save_checkpoint(self.output_dir, self.model, self.config, self.tokenizer,
                             self.optimizer, self.state, self.cfg.model_name_or_path,
                             self.cfg.save_total_limit)

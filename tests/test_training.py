@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from tiny import demo, metrics, pair, tiny_checkpoint, write_rows
 
 from srit.config import DPOConfig, SFTConfig
+from srit.data import Schedule
 from srit.models.files import InputError
+from srit.tokenizer import load_tokenizer
 from srit.train import dpo, sft
+from srit.training import Optimization, load_for_training
 
 DEMOS = [demo(i, i % 7 + 1, (i * 3) % 11) for i in range(13)]
 PAIRS = [pair(i, i % 7 + 1, (i * 3) % 11) for i in range(7)]
@@ -296,8 +299,41 @@ def test_plain_trl_rows_train_too(tiny, tmp_path):
 
 
 def test_a18_non_finite_loss_names_the_rows(tiny, tmp_path):
-    with pytest.raises(InputError, match=r"step \d+: loss is nan; rows of this step: .*q\d"):
+    with pytest.raises(InputError, match=r"step \d+: .* not finite; rows of this step: .*q\d"):
         run_sft(tiny, tmp_path, "out", max_steps=20, learning_rate=1e30, max_grad_norm=0.0)
+
+
+def test_a18_a_step_that_is_not_finite_changes_no_weight(tiny, tmp_path):
+    cfg = DPOConfig(str(tiny), ["f"], str(tmp_path / "out"))
+    tokenizer = load_tokenizer(str(tiny))
+    model, config = load_for_training(cfg, tokenizer, torch.device("cpu"))
+    opt = Optimization(cfg, model, config, tokenizer, Schedule(100, 1, 1, 1, 0, False))
+    before = [p.detach().clone() for p in model.parameters()]
+    for bad in (float("nan"), float("inf"), 1.0):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.model.norm.weight.grad[0] = bad
+        opt.step(3, torch.tensor(0.5), ["a", "b"])  # a step with a learning rate above 0
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert same == (bad != 1.0)
+    with pytest.raises(InputError, match="step 4: .*not finite; rows of this step: a, b"):
+        opt.check_finite()
+    opt.check_finite()
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_token_budget(tiny, tmp_path, stage):
+    """Every row is trained once, in fewer and unequal passes; a budget below one row says so."""
+    train = run_sft if stage == "sft" else run_dpo
+    one = metrics(train(tiny, tmp_path, "rows", num_train_epochs=1, per_device_train_batch_size=100,
+                        shuffle_dataset=False))
+    packed = metrics(train(tiny, tmp_path, "budget", num_train_epochs=1, max_tokens_per_batch=400,
+                           gradient_accumulation_steps=100, shuffle_dataset=False))
+    assert len(one) == len(packed) == 1
+    for name in ("loss", "grad_norm", "num_tokens"):
+        assert packed[0][name] == pytest.approx(one[0][name], rel=1e-5), name
+    with pytest.raises(InputError, match="--max_tokens_per_batch 9 is less than the longest row's"):
+        train(tiny, tmp_path, "small", max_tokens_per_batch=9)
 
 
 def test_c9_resume_against_another_reference_is_refused(tiny, tmp_path):

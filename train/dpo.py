@@ -34,7 +34,7 @@ from srit.tokenizer import load_tokenizer
 from srit.training import (
     Optimization,
     attach_lora,
-    check_finite,
+    batches_of,
     load_for_training,
     longest_row,
 )
@@ -97,14 +97,15 @@ def main(cfg: DPOConfig) -> None:
                         for i in range(0, len(held_out), size)]
 
     reference = model_hash(model)
-    schedule = Schedule(len(train), cfg.per_device_train_batch_size,
-                        cfg.gradient_accumulation_steps, dist.world_size(), cfg.seed,
-                        cfg.shuffle_dataset)
+    sizes = [pair.num_tokens for pair in train]
+    units, batch_size = batches_of([pair.stream_length for pair in train], cfg)
+    schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, dist.world_size(),
+                        cfg.seed, cfg.shuffle_dataset)
     total = schedule.total_steps(cfg.num_train_epochs, cfg.max_steps)
     ref = held_ref = torch.empty(0, 2, device=device)
     if cfg.precompute_ref_log_probs:
         first_epoch = [rows for step in range(min(total, schedule.steps_per_epoch))
-                       for rows in schedule.step(step, dist.rank())]
+                       for rows in schedule.rows(step, dist.rank(), units)]
         cache = Path(cfg.output_dir) / "ref_logps.jsonl"
         ref = reference_logps(model, train, first_epoch, reference, cache, device)
     if held_out:
@@ -121,22 +122,18 @@ def main(cfg: DPOConfig) -> None:
 
     log = MetricsLog(cfg.output_dir, start, total)
     for step in range(start, total):
-        micro = [rows for rows in schedule.step(step, dist.rank()) if rows]
-        batches = [collate_pairs([train[i] for i in rows]) for rows in micro]
-        # (pairs, tokens) of the whole step, over micro-batches and ranks
-        sizes = torch.tensor([[len(r), b.num_tokens]
-                              for r, b in zip(micro, batches, strict=True)] or [[0, 0]])
-        n_pairs, seen = dist.all_reduce_sum(sizes.sum(0).to(device)).tolist()
-
+        micro = [schedule.rows(step, rank, units) for rank in range(dist.world_size())]
+        everyone = [i for rank in micro for rows in rank for i in rows]
+        n_pairs, seen = len(everyone), sum(sizes[i] for i in everyone)
         sums = torch.zeros(len(METRICS), device=device)
-        for rows, batch in zip(micro, batches, strict=True):
+        for rows in filter(None, micro[dist.rank()]):
+            batch = collate_pairs([train[i] for i in rows]).to(device)
             known = ref[rows].flatten() if cfg.precompute_ref_log_probs else None
-            loss, metrics = score(model, batch.to(device), known, cfg, scale=1 / n_pairs)
+            loss, metrics = score(model, batch, known, cfg, scale=1 / n_pairs)
             loss.backward()
             sums += metrics
         dist.all_reduce_sum(sums)
-        check_finite(sums[0], step + 1, [train[i].id for rows in micro for i in rows])
-        grad_norm = opt.step(step)
+        grad_norm = opt.step(step, sums[0], [train[i].id for i in everyone])
         opt.state.num_tokens += seen
 
         log.add({**dict(zip(METRICS, sums, strict=True)), "grad_norm": grad_norm * n_pairs},
@@ -146,6 +143,7 @@ def main(cfg: DPOConfig) -> None:
             values = evaluate(model, held_out, held_ref, eval_batches, cfg, device)
             opt.keep_best(values["eval_loss"])
         if opt.log_due() or values:
+            opt.check_finite()
             log.row(step + 1, {"learning_rate": opt.learning_rate(step),
                                "epoch": (step + 1) / schedule.steps_per_epoch,
                                "num_tokens": opt.state.num_tokens, **values})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from srit import dist
 from srit.config import SFTConfig, run
-from srit.data import Batch, Schedule, collate, pack
+from srit.data import Batch, Schedule, collate
 from srit.log import MetricsLog
 from srit.losses import linear_nll, token_logps, trained_hidden
 from srit.models import Decoder
@@ -30,7 +30,7 @@ from srit.tokenizer import load_tokenizer
 from srit.training import (
     Optimization,
     attach_lora,
-    check_finite,
+    batches_of,
     load_for_training,
     longest_row,
 )
@@ -82,43 +82,40 @@ def main(cfg: SFTConfig) -> None:
         attach_lora(model, cfg)
 
     lengths = [len(e.tokens.ids) for e in train]
-    units = pack(lengths, max_length) if cfg.packing else [[i] for i in range(len(train))]
-    schedule = Schedule(len(units), cfg.per_device_train_batch_size,
-                        cfg.gradient_accumulation_steps, dist.world_size(), cfg.seed,
-                        cfg.shuffle_dataset)
+    trained = [sum(e.tokens.mask[1:]) for e in train]
+    units, batch_size = batches_of(lengths, cfg, capacity=max_length if cfg.packing else 0)
+    schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, dist.world_size(),
+                        cfg.seed, cfg.shuffle_dataset)
     opt = Optimization(cfg, model, config, tokenizer, schedule)
     start = opt.resume()
     if dist.rank() == 0:
         print(counts, *([held_counts] if held_counts else []), sep="\n")
         print(f"{opt.total} steps, {schedule.steps_per_epoch} an epoch, {sum(lengths):,} tokens, "
-              f"{sum(sum(e.tokens.mask) for e in train):,} of them trained")
+              f"{sum(trained):,} of them trained")
 
     log = MetricsLog(cfg.output_dir, start, opt.total)
     for step in range(start, opt.total):
-        micro = [[i for unit in units_ for i in units[unit]]
-                 for units_ in schedule.step(step, dist.rank())]
-        batches = [collate([[train[i].tokens] for i in rows]) for rows in micro if rows]
-        # (trained tokens, all tokens) of the whole step, over micro-batches and ranks
-        sizes = torch.tensor([[len(b.targets), b.num_tokens] for b in batches] or [[0, 0]])
-        trained, seen = dist.all_reduce_sum(sizes.sum(0).to(device)).tolist()
-
+        micro = [schedule.rows(step, rank, units) for rank in range(dist.world_size())]
+        everyone = [i for rank in micro for rows in rank for i in rows]
+        n_trained, seen = sum(trained[i] for i in everyone), sum(lengths[i] for i in everyone)
         sums = torch.zeros(len(METRICS), device=device)
-        for batch in batches:
-            loss, metrics = score(model, batch.to(device), 1 / trained)
+        for rows in filter(None, micro[dist.rank()]):
+            batch = collate([[train[i].tokens] for i in rows]).to(device)
+            loss, metrics = score(model, batch, 1 / n_trained)
             loss.backward()
             sums += metrics
         dist.all_reduce_sum(sums)
-        check_finite(sums[0], step + 1, [train[i].id for rows in micro for i in rows])
-        grad_norm = opt.step(step)
+        grad_norm = opt.step(step, sums[0], [train[i].id for i in everyone])
         opt.state.num_tokens += seen
 
-        log.add({**dict(zip(METRICS, sums, strict=True)), "grad_norm": grad_norm * trained},
-                trained, seen)
+        log.add({**dict(zip(METRICS, sums, strict=True)), "grad_norm": grad_norm * n_trained},
+                n_trained, seen)
         values = {}
         if opt.eval_due():
             values["eval_loss"] = evaluate(model, held_out, cfg.per_device_eval_batch_size, device)
             opt.keep_best(values["eval_loss"])
         if opt.log_due() or values:
+            opt.check_finite()
             log.row(step + 1, {"learning_rate": opt.learning_rate(step),
                                "epoch": (step + 1) / schedule.steps_per_epoch,
                                "num_tokens": opt.state.num_tokens, **values})
