@@ -35,8 +35,9 @@ def row_chunks(n: int, limit: int) -> list[slice]:
     if n == 0:
         return []
     rows = math.ceil(n / math.ceil(n / limit))
-    if rows > TILE_ROWS:
-        rows = min(math.ceil(rows / TILE_ROWS) * TILE_ROWS, limit)
+    tiled = math.ceil(rows / TILE_ROWS) * TILE_ROWS
+    if rows >= 16 * TILE_ROWS and tiled <= limit:  # the last chunk can spare the others' rounding
+        rows = tiled
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
