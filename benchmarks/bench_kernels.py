@@ -1,7 +1,7 @@
 """The linear head against its peers: correct first, then time and memory.
 
     python benchmarks/bench_kernels.py                  everything this device can do
-    python benchmarks/bench_kernels.py --plot FILE.csv  figures from a CSV, on any machine
+    python benchmarks/bench_kernels.py --plot FILE.csv  figures and a Markdown table from a CSV
 
 Stages: `score` (log-probs, no gradient), `train` (mean NLL, forward and backward), `frozen` (the same
 under a frozen head), `dpo` (preference loss of pairs with prompts as long as completions). Every
@@ -462,6 +462,18 @@ def plot(path: Path) -> None:
         print(target)
 
 
+def table(path: Path) -> None:
+    """The CSV as Markdown."""
+    with open(path, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    print("| stage | dtype | contender | ms | of ours | of the bare GEMMs' rate | peak MiB |")
+    print("|---|---|---|--:|--:|--:|--:|")
+    for row in rows:
+        share = f"{float(row['percent_of_gemm']):.0f} %" if row["p50_ms"] else ""
+        print(f"| {row['stage']} | {row['dtype']} | {row['contender']} | {row['p50_ms'] or '–'} | "
+              f"{row['ratio_to_ours']} | {share} | {row['peak_mib']} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
@@ -477,9 +489,10 @@ def main() -> None:
     parser.add_argument("--time_limit", type=float, default=float("inf"),
                         help="seconds; shapes that would start later are skipped")
     parser.add_argument("--output")
-    parser.add_argument("--plot", metavar="CSV", help="only draw figures from a CSV")
+    parser.add_argument("--plot", metavar="CSV", help="only show a CSV: table and figures")
     args = parser.parse_args()
     if args.plot:
+        table(Path(args.plot))
         plot(Path(args.plot))
         return
     device = "cuda" if gpu else "cpu"

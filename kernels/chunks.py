@@ -20,6 +20,7 @@ MIB = 1 << 20
 CHUNK_BYTES = {"cpu": 64 * MIB, "cuda": 2048 * MIB}
 ROW_ALIGNMENT = 64  # bytes
 TILE_ROWS = 128  # of the GEMM libraries' kernels
+SLAB_BYTES = 4 * MIB
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -94,13 +95,13 @@ class WeightGrad:
     """The sum over chunks of G^T X, (V, D), in float32 while there is more than one chunk.
 
     The first chunk writes it, so nothing is filled with zeros. On a GPU the GEMM itself adds in
-    float32; on the CPU no GEMM takes bf16 and gives float32, so a chunk's part is rounded to the
-    dtype of G first.
+    float32. On the CPU no GEMM takes bf16 and gives float32: a chunk's part is rounded to the dtype
+    of G first, and goes through the cache a slab of V at a time.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
-        self.total = self.part = None
+        self.total: Tensor | None = None
 
     def add(self, g: Tensor, x: Tensor, last: bool) -> None:
         """Adds G^T X of a chunk; `last` when no other follows."""
@@ -112,11 +113,14 @@ class WeightGrad:
             self.total = torch.mm(g.t(), x, out_dtype=out_dtype)
         elif x.is_cuda:
             torch.addmm(self.total, g.t(), x, out_dtype=out_dtype, out=self.total)
-        elif self.total is None:
-            self.part = torch.mm(g.t(), x)
-            self.total = self.part.to(out_dtype)
         else:
-            self.total.add_(torch.mm(g.t(), x, out=self.part))
+            first = self.total is None
+            if first:
+                self.total = torch.empty_like(self.weight, dtype=out_dtype)
+            slab = max(1, SLAB_BYTES // (x.shape[1] * x.element_size()))
+            for at, into in zip(g.split(slab, 1), self.total.split(slab), strict=True):
+                part = torch.mm(at.t(), x)
+                into.copy_(part) if first else into.add_(part)
 
     def result(self) -> Tensor:
         """In the dtype of the parameter; zeros where there was no row."""

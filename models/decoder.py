@@ -180,7 +180,7 @@ class Decoder(nn.Module):
             positions = cache.lengths[rows, None] + torch.arange(T, device=device)
         elif cu_seqlens is not None and positions is None:
             starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
-            positions = (torch.arange(T, device=device) - starts)[None]
+            positions = (torch.arange(T, device=device) - starts.to(device))[None]
         elif attention_mask is not None and positions is None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:

@@ -352,6 +352,15 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
         main(parse(cls, stage, argv))
     except (InputError, OSError) as error:  # OSError: no space, no permission, ...
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
+        text = str(error)
+        if "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        sys.exit(f"error: out of memory ({text.splitlines()[0]}). Training: lower "
+                 "--max_tokens_per_batch or --per_device_train_batch_size (and raise "
+                 "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling and "
+                 "evaluation: lower --per_device_batch_size")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on where it stopped "
                  "(training: with --resume_from_checkpoint auto)")

@@ -85,3 +85,21 @@ def test_full_disk_is_one_line():
 
     with pytest.raises(SystemExit, match="error: .*No space left on device"):
         run(SFTConfig, "sft", fail, BASE)
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB",
+                                  "DefaultCPUAllocator: can't allocate memory: you tried to"])
+def test_out_of_memory_is_advice_not_a_trace(text):
+    def fail(cfg):
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit, match=r"error: out of memory \(.*--max_tokens_per_batch"):
+        run(DPOConfig, "dpo", fail, BASE)
+
+
+def test_other_errors_keep_their_trace():
+    def fail(cfg):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(DPOConfig, "dpo", fail, BASE)
