@@ -390,13 +390,17 @@ def show(rows: list[dict]) -> None:
               "GEMM rate {peak_mib:7d} MiB".format(**row), flush=True)
 
 
-def write(rows: list[dict], output: Path) -> None:
-    machine = describe()
-    stamp = {"device": device_name(), "torch": torch.__version__, "commit": machine["commit"]}
+def stamp_of_this_run() -> dict:
+    """Taken before the first result is written, which would make the working tree dirty."""
+    stamp = {"device": device_name(), "torch": torch.__version__, "commit": describe()["commit"]}
     if importlib.util.find_spec("triton"):
         import triton
 
         stamp["triton"] = triton.__version__
+    return stamp
+
+
+def write(rows: list[dict], stamp: dict, output: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row)) + list(stamp)
     with atomic_write(output) as handle:
         writer = csv.DictWriter(handle, names)
@@ -469,9 +473,9 @@ def table(path: Path) -> None:
     print("| stage | dtype | contender | ms | of ours | of the bare GEMMs' rate | peak MiB |")
     print("|---|---|---|--:|--:|--:|--:|")
     for row in rows:
-        share = f"{float(row['percent_of_gemm']):.0f} %" if row["p50_ms"] else ""
-        print(f"| {row['stage']} | {row['dtype']} | {row['contender']} | {row['p50_ms'] or '–'} | "
-              f"{row['ratio_to_ours']} | {share} | {row['peak_mib']} |")
+        ms, share = float(row["p50_ms"] or "nan"), float(row["percent_of_gemm"] or "nan")
+        print(f"| {row['stage']} | {row['dtype']} | {row['contender']} | {ms:.0f} | "
+              f"{row['ratio_to_ours']} | {share:.0f} % | {row['peak_mib']} |")
 
 
 def main() -> None:
@@ -498,7 +502,7 @@ def main() -> None:
     device = "cuda" if gpu else "cpu"
     slug = device_name().replace(" ", "-") if gpu else "cpu"
     output = Path(args.output or Path(__file__).parent / f"results/bench_kernels_{slug}.csv")
-    started, rows = time.monotonic(), []
+    started, rows, stamp = time.monotonic(), [], stamp_of_this_run()
     print(f"{device_name()}: copies {copy_rate(device):.0f} GB/s, {os.cpu_count()} CPUs")
     found = {(stage, name): gate(stage, getattr(torch, name), device, contenders(stage, device))
              for name in args.dtypes for stage in args.stages}
@@ -513,7 +517,7 @@ def main() -> None:
                 new = measure(problem, found[stage, name], model, n, device, args.rounds)
                 show(new)
                 rows += new
-                write(rows, output)
+                write(rows, stamp, output)
     if gpu and "score" in args.stages:
         fused_table(rows)
     print(output)
