@@ -41,7 +41,7 @@ from srit.kernels.chunks import (
 from srit.kernels.dispatch import use_triton
 from srit.kernels.row_pass import CORRECT, ENTROPY, LOGP, Logits
 
-STASH_BYTES = {"cpu": 512 * MIB, "cuda": 4096 * MIB}
+STASH_BYTES = {"cpu": 512 * MIB, "cuda": 2048 * MIB}
 PATHS = ("auto", "gemm", "fused")
 # GPU name -> largest D at which path B was measured faster than A: benchmarks/bench_kernels.py
 # prints the line. A GPU that is not here scores through path A.
@@ -87,7 +87,7 @@ def linear_logp(
             to be compared bit for bit, as policy and reference, must name one.
         chunk_bytes: size of one chunk's logits (default 64 MiB on CPU, 2 GiB on GPU).
         stash_bytes: size up to which (N, V) logits are kept for the backward rather than made
-            again (default 512 MiB on CPU, 4 GiB on GPU; 0 never keeps them).
+            again (default 512 MiB on CPU, 2 GiB on GPU; 0 never keeps them).
 
     Differentiable once in hidden and in weight; an input that needs no gradient costs no work.
     Logsumexp and result are float32, the gradient of the weight is summed over chunks in float32.

@@ -144,9 +144,11 @@ def linear_dpo(
         z, s = buffer[: len(rows)], stats[:, : len(rows)]
         torch.mm(rows, w.t(), out=z)
         ops.logp(z, labels, s, logits)
-        cu, refs = cu_seqlens[2 * first : 2 * last + 1], None
-        refs = (segment_sum(s[LOGP, n:], cu) if ref_logps is None
-                else ref_logps[2 * first : 2 * last])
+        cu = cu_seqlens[2 * first : 2 * last + 1]
+        if ref_logps is None:
+            refs = segment_sum(s[LOGP, n:], cu)
+        else:
+            refs = ref_logps[2 * first : 2 * last]
         head = dpo_head(s[LOGP, :n], cu, refs, beta, loss_type, label_smoothing, rpo_alpha)
         heads.append(head[:-1])
         if dx is None and dw is None:
@@ -156,10 +158,8 @@ def linear_dpo(
             torch.mm(z[:n], w, out=dx[part])
         if dw is not None:
             dw.add(z[:n], rows, last=last == chunks[-1][1])
-    losses, chosen, rejected, sums = (
-        torch.cat(values) if values else stats.new_empty(0)
-        for values in (zip(*heads, strict=True) if heads else [()] * 4)
-    )
+    none = (stats.new_empty(0),) * 4
+    losses, chosen, rejected, sums = map(torch.cat, zip(*heads or [none], strict=True))
     loss = _with_gradients(scale * losses.sum(), hidden, weight, dx, dw)
     return loss, PairStats(losses, chosen, rejected, sums[0::2], sums[1::2])
 

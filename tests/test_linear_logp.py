@@ -248,7 +248,7 @@ def test_every_upstream_gradient_counts(kernels):
         assert not got[1][torch.arange(16, device=DEVICE) != row].any()
 
 
-@pytest.mark.parametrize("vocab", [129_920, 151_936, 50_257])
+@pytest.mark.parametrize("vocab", [129, 32_003, 49_152, 50_257, 128_256, 129_920, 151_936])
 def test_padded_columns_do_not_enter_the_sum(kernels, vocab):
     """Vocabularies that no block divides: log-probs rose to +123 in a kernel that forgot its mask."""
     x, w, targets, _ = case(3, 4, vocab, torch.bfloat16, scale=0.1)

@@ -99,6 +99,19 @@ def test_nll_against_float64(kernels):
             assert error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_twin_in_float64(monkeypatch, loss_type):
+    monkeypatch.setenv("SRIT_KERNELS", "torch")
+    inputs = tuple(t.detach().double() if t.is_floating_point() else t for t in pairs())
+    inputs[0].requires_grad_(), inputs[1].requires_grad_()
+    wide, (losses, *_) = eager(*inputs, loss_type)
+    loss, _ = linear_dpo(*inputs, beta=0.2, loss_type=loss_type, softcap=None, chunk_bytes=50_000)
+    torch.testing.assert_close(loss, losses.sum().detach(), rtol=1e-12, atol=1e-12)
+    want = torch.autograd.grad(losses.sum(), wide)
+    for a, b in zip(torch.autograd.grad(loss, inputs[:2]), want, strict=True):
+        assert error(a, b) < 1e-12
+
+
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_an_input_without_gradient(kernels, frozen):
     x, w, targets, cu, ref = pairs()
