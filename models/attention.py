@@ -78,21 +78,22 @@ def _band(T: int, window: int | None, device: torch.device, before: int = 0) -> 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
-           scale: float) -> Tensor:
-    """q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd)."""
+           scale: float) -> list[Tensor]:
+    """q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd), in parts along T."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, hd)
     if layout.cache is not None:
-        return _cached(q, k, v, layout, layer, window, scale).transpose(1, 2)
-    if layout.cu_seqlens is not None:
-        return _packed(q, k, v, layout, window, scale).transpose(1, 2)
-    mask = layout.mask(window, q.shape[2])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                         scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
+        parts = [_cached(q, k, v, layout, layer, window, scale)]
+    elif layout.cu_seqlens is not None:
+        parts = _packed(q, k, v, layout, window, scale)
+    else:
+        mask = layout.mask(window, q.shape[2])
+        parts = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                                scale=scale, enable_gqa=True)]
+    return [part.transpose(1, 2) for part in parts]
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None,
-            scale: float) -> Tensor:
+            scale: float) -> list[Tensor]:
     """Segment by segment: exact, no (N, N) mask, no work on pairs of different sequences.
 
     A segment that continues another one sees all of it before itself.
@@ -105,7 +106,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None,
         mask = layout.segment_mask(window, b.shape[2] - a.shape[2], a.shape[2])
         parts.append(F.scaled_dot_product_attention(
             a, b, c, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True))
-    return torch.cat(parts, 2)
+    return parts
 
 
 def _cached(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,

@@ -57,7 +57,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
             self.k_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout,
+                remake: bool) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, hd)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, hd)
@@ -65,8 +66,14 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *tables), rotate(k, *tables)
-        out = attend(q, k, v, layout, self.layer, self.window, self.scale)  # (B, T, H, hd)
-        return self.o_proj(out.reshape(B, T, -1))
+        parts = attend(q, k, v, layout, self.layer, self.window, self.scale)  # (B, part of T, H, hd)
+        if len(parts) == 1:
+            return self.o_proj(parts[0].reshape(B, T, -1))
+        joined = torch.cat(parts, 1)
+        # The backward of the attention keeps the parts: nobody needs to keep the whole.
+        join = partial(torch.cat, [part.detach() for part in parts], 1)
+        with remade(joined, join, remake):
+            return self.o_proj(joined.view(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -106,7 +113,7 @@ class Block(nn.Module):
         norm = self.input_layernorm
         normed = norm(x)
         with remade(normed, partial(norm, x.detach()), remake):
-            attention = self.self_attn(normed, tables, layout)
+            attention = self.self_attn(normed, tables, layout, remake)
         if self.sandwich:
             attention = self.post_attention_layernorm(attention)
         x = x + attention

@@ -28,7 +28,14 @@ def setup(device: str) -> torch.device:
 
 
 def shutdown() -> None:
+    """Leave the process group, all ranks together.
+
+    A gloo thread lets go of the last tensor it reduced a moment after the caller has the result. A
+    rank that ends in that moment is aborted; a barrier, which holds no tensor of Python's, waits
+    for it, and for rank 0 to have written its files.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

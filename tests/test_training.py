@@ -220,11 +220,12 @@ def test_a2_a12_two_ranks_are_one(tiny, tmp_path):
         words = [f"--{k}={v}" for k, v in settings.items()]
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-             "--master_port", "29533", "-m", f"srit.train.{stage}", "--model_name_or_path",
+             "--standalone", "-m", f"srit.train.{stage}", "--model_name_or_path",
              str(tiny), "--train_file", str(file), "--output_dir", str(two),
              "--per_device_train_batch_size", "2", *words],
-            capture_output=True, text=True, cwd="/", env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
+            capture_output=True, text=True, cwd="/",
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
+        assert done.returncode == 0, done.stderr
         for a, b in zip(metrics(one), metrics(two), strict=True):
             for name in ("loss", "grad_norm", "num_tokens"):
                 assert a[name] == pytest.approx(b[name], rel=1e-5), (stage, name)
