@@ -194,6 +194,14 @@ class GenerateConfig:
     """Nucleus sampling; 1 is off."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 is off."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than min_p times the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that prompt or completion hold already become less likely; 1 is off."""
+    stop_strings: list[str] = field(default_factory=list)
+    """A completion ends where one of these begins."""
+    return_logps: bool = False
+    """Write the log-probability of every generated token, by the model itself, as `logps`."""
     max_new_tokens: int = 256
     """Longest completion."""
     per_device_batch_size: int = 32
@@ -209,6 +217,10 @@ class GenerateConfig:
         _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
+        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty,
+               "above 0 (1 is off)")
+        _check(all(self.stop_strings), "stop_strings", self.stop_strings, "without an empty string")
         _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
 

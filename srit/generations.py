@@ -100,14 +100,16 @@ def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
     with open(own, "a", encoding="utf-8") as handle:
         def write(request: Request, result: Result) -> None:
             prompt, sample = by_key[request.key]
-            row = make_row(prompt, sample, result, tokenizer, cfg.seed)
+            row = make_row(prompt, sample, result, tokenizer, cfg)
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
             handle.flush()
             log.add(row)
 
         generate(model, requests, stop_ids=tokenizer.stop_ids, on_finish=write,
                  max_new_tokens=cfg.max_new_tokens, slots=cfg.per_device_batch_size,
-                 temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
+                 temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
+                 repetition_penalty=cfg.repetition_penalty, stop_strings=cfg.stop_strings,
+                 decode=tokenizer.decode, return_logps=cfg.return_logps,
                  prefix=shared_prefix([p.ids for p in prompts]))
     log.close()
     dist.barrier()
@@ -122,18 +124,21 @@ def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
     return rows
 
 
-def make_row(prompt: Prompt, sample: int, result: Result, tokenizer: Tokenizer, seed: int) -> dict:
-    """A row of samples.jsonl: the question, the generation, and its grade."""
+def make_row(prompt: Prompt, sample: int, result: Result, tokenizer: Tokenizer,
+             cfg: GenerateConfig) -> dict:
+    """A row of samples.jsonl: the question, the generation up to a stop string, and its grade."""
     text = tokenizer.decode(result.ids)
+    text = text[: min((at for s in cfg.stop_strings if (at := text.find(s)) >= 0), default=None)]
     judged = grade(text, prompt.row)
     keys = ("id", "task", "question", "choices", "answer")
     row = {key: prompt.row[key] for key in keys if key in prompt.row}
+    logps = {} if result.logps is None else {"logps": result.logps}
     return row | {
         "dataset": prompt.dataset, "sample": sample, "prompt_style": prompt.style,
-        "prompt": prompt.text, "text": text, "seed": seed, "n_tokens": len(result.ids),
+        "prompt": prompt.text, "text": text, "seed": cfg.seed, "n_tokens": len(result.ids),
         "finished": result.finished, "extracted": judged.extracted, "correct": judged.correct,
         "correct_strict": judged.strict_correct,
-    }
+    } | logps
 
 
 def row_key(row: dict) -> Key:

@@ -50,10 +50,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """Generated tokens without the stop token; `finished`: a stop token ended them."""
+    """Generated tokens without the stop token; `finished`: a stop token or string ended them.
+
+    A stop string's own tokens are part of `ids`. `logps`, on request: log π of every token of `ids`,
+    and of the stop token after them, by the model itself (temperature 1, no filter, no penalty).
+    """
 
     ids: list[int]
     finished: bool
+    logps: list[float] | None = None
 
 
 def request_seed(*parts: Any) -> int:
@@ -69,7 +74,8 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return next((at for at in range(own) if first[at] != last[at]), own)
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float,
+                   repetition_penalty: float, max_new_tokens: int) -> None:
     """Raise InputError for a setting without meaning."""
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature {temperature}: must be 0 (greedy) or a positive number")
@@ -77,16 +83,25 @@ def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens:
         raise InputError(f"top_k {top_k}: must be 0 (off) or the number of tokens to keep")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p {top_p}: must be above 0 and at most 1 (off)")
+    if not 0 <= min_p <= 1:
+        raise InputError(f"min_p {min_p}: must be 0 (off) to 1 (only the likeliest token)")
+    if not 0 < repetition_penalty < math.inf:
+        raise InputError(f"repetition_penalty {repetition_penalty}: must be a positive number; "
+                         "1 is off")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: must be at least 1")
 
 
-def _draw(probs: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+def _draw(probs: Tensor, uniforms: Tensor, top_p: float, min_p: float) -> Tensor:
     """Inverse CDF: the first index whose cumulated mass exceeds uniform x total mass, (n,).
 
     With top_p < 1 the rows of `probs` are sorted, and the total is the mass of the nucleus: the
-    fewest likeliest tokens that together reach top_p.
+    fewest likeliest tokens that together reach top_p. min_p leaves out the tokens that are less
+    likely than min_p times the likeliest; of sorted ones those are the last, so that both filters
+    together are the stricter one.
     """
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     cdf = probs.cumsum(-1, dtype=torch.float64)
     mass = cdf[:, -1:]
     if top_p < 1:
@@ -95,10 +110,11 @@ def _draw(probs: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
 
 
 def pick(logits: Tensor, uniforms: Tensor, temperature: float = 0.0, top_k: int = 0,
-         top_p: float = 1.0) -> Tensor:
+         top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """One token of every row: argmax at temperature 0, else the inverse CDF at the row's uniform.
 
-    Args: logits (n, V) float32; uniforms (n,) float64, k / 2^32. top_k is applied before top_p.
+    Args: logits (n, V) float32; uniforms (n,) float64, k / 2^32. The filters are those of
+    transformers, in its order: temperature, top_k, top_p, min_p.
     Returns (n,) int64. A row's token depends on that row alone.
     """
     if temperature == 0:
@@ -107,25 +123,57 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float = 0.0, top_k: int 
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
-        return ids.gather(-1, _draw(logits.softmax(-1), uniforms, top_p)[:, None])[:, 0]
+        return ids.gather(-1, _draw(logits.softmax(-1), uniforms, top_p, min_p)[:, None])[:, 0]
     probs = logits.softmax(-1)
     if top_p == 1:
-        return _draw(probs, uniforms, 1.0)
+        return _draw(probs, uniforms, 1.0, min_p)
     head, ids = probs.topk(min(NUCLEUS, probs.shape[-1]))
-    token = ids.gather(-1, _draw(head, uniforms, top_p)[:, None])[:, 0]
+    token = ids.gather(-1, _draw(head, uniforms, top_p, min_p)[:, None])[:, 0]
     for row in (head.sum(-1, dtype=torch.float64) < top_p).nonzero()[:, 0].tolist():
         full, ids = probs[row].sort(descending=True, stable=True)  # a flat row: rare
-        token[row] = ids[_draw(full[None], uniforms[row : row + 1], top_p)[0]]
+        token[row] = ids[_draw(full[None], uniforms[row : row + 1], top_p, min_p)[0]]
     return token
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """The repetition penalty of CTRL (arXiv 1909.05858, §4.1) as transformers has it.
+
+    Args: logits (n, V); seen (n, V) bool, the tokens of the prompt and of the completion so far.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+class StopStrings:
+    """Which texts hold one of `strings`; most tokens are ruled out by a table.
+
+    A token can only complete a stop string when it holds the last character of one. Tokens that
+    are parts of a character decode to U+FFFD alone, and are never ruled out.
+    """
+
+    def __init__(self, strings: Sequence[str], decode: Callable[[Sequence[int]], str],
+                 vocab_size: int, device: torch.device) -> None:
+        if "" in strings:
+            raise InputError("stop_strings: an empty string stands in every text")
+        self.strings, self.decode = strings, decode
+        last = {string[-1] for string in strings}
+        # Some decoders drop the space that a text begins with, hence the one in front.
+        self.suspect = torch.tensor([bool(last & set(" " + text)) or "\ufffd" in text
+                                     for text in (decode([i]) for i in range(vocab_size))],
+                                    device=device)  # (V,)
+
+    def end(self, ids: Sequence[int]) -> bool:
+        text = self.decode(ids)
+        return any(string in text for string in self.strings)
 
 
 class _Slots:
     """The rows in flight: their cache slots, and everything a decoding step needs, a row each."""
 
     def __init__(self, model: Decoder, size: int, max_length: int, max_new_tokens: int,
-                 prefix: Sequence[int]) -> None:
+                 prefix: Sequence[int], repetition_penalty: float, return_logps: bool) -> None:
         device = model.head_weight.device
         self.model, self.size, self.prefix = model, size, len(prefix)
+        self.penalty, self.return_logps = repetition_penalty, return_logps
         self.requests: list[Request] = []
         size = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
         self.cache = KVCache(model.config, size, max_length, model.compute_dtype, device)
@@ -133,6 +181,9 @@ class _Slots:
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)  # generated
         self.output = torch.zeros(size, max_new_tokens, dtype=torch.int64, device=device)
         self.uniforms = torch.zeros(size, max_new_tokens, dtype=torch.float64, device=device)
+        self.logps = torch.zeros(size, max_new_tokens if return_logps else 0, device=device)
+        vocabulary = model.config.vocab_size if repetition_penalty != 1 else 0
+        self.seen = torch.zeros(size, vocabulary, dtype=torch.bool, device=device)
         self.index = torch.arange(size, device=device)
         if prefix:
             self._prefill([prefix], 0, 0)
@@ -177,9 +228,13 @@ class _Slots:
             # Raw Philox words: unlike numpy's distributions, their stream never changes.
             words = np.random.Philox(key=request.seed).random_raw(self.uniforms.shape[1])
             self.uniforms[row] = torch.from_numpy((words >> 32) / 2.0**32)
+            if self.penalty != 1:
+                self.seen[row] = False
+                self.seen[row, list(request.prompt_ids)] = True
             self.requests.append(request)
 
-    def step(self, stop: Tensor, **sampling: float) -> list[tuple[Request, Result]]:
+    def step(self, stop: Tensor, strings: StopStrings | None,
+             **sampling: float) -> list[tuple[Request, Result]]:
         """Decode one token in every active row; the rows that ended leave. `stop` is (V,) bool."""
         n = len(self.requests)
         m = -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -190,18 +245,29 @@ class _Slots:
                              "overflows in this dtype")
         logits = self.model.logits(hidden)[:n]  # (n, V)
         index, steps = self.index[:n], self.steps[:n]
-        token = pick(logits, self.uniforms[index, steps], **sampling)
+        wanted = penalise(logits, self.seen[:n], self.penalty) if self.penalty != 1 else logits
+        token = pick(wanted, self.uniforms[index, steps], **sampling)
+        if self.penalty != 1:
+            self.seen[index, token] = True
+        if self.return_logps:
+            self.logps[index, steps] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
         self.output[index, steps] = token
         self.tokens[:n] = token
         self.steps[:n] += 1
-        stopped = stop[token]
-        ended = (stopped | (self.steps[:n] == self.output.shape[1])).nonzero()[:, 0].tolist()
+        stopped, full = stop[token], self.steps[:n] == self.output.shape[1]
+        looked_at = stopped | full
+        if strings is not None:
+            looked_at = looked_at | strings.suspect[token]
         done = []
-        for row in reversed(ended):
-            finished = bool(stopped[row])
-            ids = self.output[row, : int(self.steps[row]) - finished].tolist()
-            done.append((self.requests[row], Result(ids, finished)))
-            self._leave(row)
+        for row in reversed(looked_at.nonzero()[:, 0].tolist()):
+            finished, length = bool(stopped[row]), int(self.steps[row])
+            ids = self.output[row, : length - finished].tolist()
+            if strings is not None and not finished:
+                finished = strings.end(ids)
+            if finished or full[row]:
+                logps = self.logps[row, :length].tolist() if self.return_logps else None
+                done.append((self.requests[row], Result(ids, finished, logps)))
+                self._leave(row)
         return done
 
     def _leave(self, row: int) -> None:
@@ -209,7 +275,8 @@ class _Slots:
         last = len(self.requests) - 1
         if row != last:
             self.cache.copy(last, row, self.prefix, int(self.cache.lengths[last]))
-            for state in (self.cache.lengths, self.tokens, self.steps, self.output, self.uniforms):
+            for state in (self.cache.lengths, self.tokens, self.steps, self.output, self.uniforms,
+                          self.logps, self.seen):
                 state[row] = state[last]
             self.requests[row] = self.requests[last]
         self.cache.lengths[last] = self.prefix
@@ -220,17 +287,20 @@ class _Slots:
 @torch.inference_mode()
 def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collection[int],
              max_new_tokens: int, slots: int = 32, temperature: float = 0.0, top_p: float = 1.0,
-             top_k: int = 0, prefix: int | None = None,
+             top_k: int = 0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+             stop_strings: Sequence[str] = (), decode: Callable[[Sequence[int]], str] | None = None,
+             return_logps: bool = False, prefix: int | None = None,
              on_finish: Callable[[Request, Result], None] | None = None,
              ) -> dict[Hashable, Result]:
     """Complete every request; `on_finish` is called as each one ends.
 
+    `stop_strings` end a text as soon as `decode` (token ids -> text) shows one in the completion.
     `prefix`: how many tokens all prompts share (`shared_prefix`, which is the default). Whoever
     runs part of a larger set passes the larger set's number, so that the sums keep their order.
     Raises InputError for bad sampling settings, an empty prompt, and a request that would outgrow
     the model's context.
     """
-    check_sampling(temperature, top_k, top_p, max_new_tokens)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens)
     context = model.config.max_position_embeddings
     for request in requests:
         if not request.prompt_ids:
@@ -248,17 +318,23 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
     slots = min(slots, len(requests))
     stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.head_weight.device)
     stop[[i for i in stop_ids if i < len(stop)]] = True
+    strings = None
+    if stop_strings:
+        if decode is None:
+            raise ValueError("stop_strings need `decode`, which turns token ids into text")
+        strings = StopStrings(stop_strings, decode, len(stop), stop.device)
     # On a GPU a prefill costs its kernel launches, so several are done at once.
     refill = max(1, slots // 8) if stop.device.type == "cuda" else 1
     training = model.training
     model.eval()
     rows = _Slots(model, slots, len(queue[0].prompt_ids) + max_new_tokens, max_new_tokens,
-                  queue[0].prompt_ids[:prefix])
+                  queue[0].prompt_ids[:prefix], repetition_penalty, return_logps)
     while queue or rows.requests:
         free = slots - len(rows.requests)
         if queue and (free >= refill or free == slots):
             rows.admit([queue.popleft() for _ in range(min(free, len(queue)))])
-        for request, result in rows.step(stop, temperature=temperature, top_k=top_k, top_p=top_p):
+        for request, result in rows.step(stop, strings, temperature=temperature, top_k=top_k,
+                                         top_p=top_p, min_p=min_p):
             results[request.key] = result
             if on_finish is not None:
                 on_finish(request, result)

@@ -13,9 +13,17 @@ import pytest
 import torch
 from tiny import CONFIG, question, tiny_checkpoint, write_rows
 
+from srit.kernels import linear_logp
 from srit.models import Decoder, ModelConfig
 from srit.models.files import InputError
-from srit.sampling import Request, generate, pick, request_seed, shared_prefix
+from srit.sampling import (
+    Request,
+    StopStrings,
+    generate,
+    pick,
+    request_seed,
+    shared_prefix,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 V = CONFIG["vocab_size"]
@@ -48,6 +56,11 @@ def prompts(n: int, shared: int = 5) -> list[tuple[int, ...]]:
             for i in range(n)]
 
 
+def spell(ids) -> str:
+    """Two letters a token, so that a string of three spans tokens."""
+    return "".join(chr(97 + i % 26) + chr(97 + i // 26 % 26) for i in ids)
+
+
 def requests(n: int = 10, samples: int = 2) -> list[Request]:
     return [Request((i, s), ids, request_seed(0, i, s))
             for i, ids in enumerate(prompts(n)) for s in range(samples)]
@@ -75,7 +88,10 @@ def test_greedy_is_the_argmax_of_the_full_forward():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0},
                                       {"temperature": 0.7, "top_k": 20},
-                                      {"temperature": 1.3, "top_p": 0.9}], ids=str)
+                                      {"temperature": 1.3, "top_p": 0.9},
+                                      {"temperature": 1.0, "min_p": 0.05, "return_logps": True,
+                                       "repetition_penalty": 1.2, "stop_strings": ["ga", "da"],
+                                       "decode": lambda ids: spell(ids)}], ids=str)
 def test_a_text_depends_on_nothing_but_its_own_request(dtype, sampling):
     model, all_requests = tiny_model(dtype), requests(9, 3)
     settings = {"stop_ids": range(3, 20), "max_new_tokens": 20,
@@ -113,6 +129,54 @@ def test_stop_at_the_last_allowed_token_is_finished():
     assert stopped.ids == [] and stopped.finished
 
 
+@pytest.mark.parametrize("slots", [1, 8])
+def test_a_stop_string_ends_a_text_where_it_is_complete(slots):
+    model, settings = tiny_model(), {"stop_ids": [3], "max_new_tokens": 16, "slots": slots,
+                                     "temperature": 1.0}
+    free = generate(model, requests(), **settings)
+    texts = {key: spell(result.ids) for key, result in free.items()}
+    for strings in (["qx"], [texts[0, 0][3:6]], [texts[1, 1][2:7], texts[2, 0][5], "é"]):
+        cut = generate(model, requests(), stop_strings=strings, decode=spell, **settings)
+        for key, result in free.items():
+            n = next((n for n in range(len(result.ids) + 1)
+                      if any(s in spell(result.ids[:n]) for s in strings)), None)
+            assert cut[key].ids == result.ids[:n]
+            assert cut[key].finished == (result.finished or n is not None)
+    assert any(cut[key] != free[key] for key in free)
+
+
+def test_parts_of_a_character_are_not_ruled_out():
+    """A byte alone decodes to U+FFFD; the stop string is there when its last byte has come."""
+    def decode(ids):
+        return bytes(i % 256 for i in ids).decode("utf-8", errors="replace")
+
+    strings = StopStrings(["né"], decode, 256, torch.device("cpu"))
+    n, first, second = "né".encode()
+    assert strings.suspect[second] and not strings.suspect[ord("x")]
+    assert not strings.end([n, first]) and strings.end([n, first, second])
+
+
+def test_logps_are_those_of_the_training_path():
+    """Whatever was filtered or penalised: the model's own, of every token and of the stop token."""
+    model = tiny_model()
+    results = generate(model, requests(), stop_ids=range(3, 9), max_new_tokens=16, slots=8,
+                       temperature=1.5, top_p=0.9, repetition_penalty=1.3, return_logps=True)
+    assert 0 < sum(result.finished for result in results.values()) < len(results)
+    for request in requests():
+        result, start = results[request.key], len(request.prompt_ids)
+        assert len(result.logps) == len(result.ids) + result.finished
+        ids = torch.tensor([[*request.prompt_ids, *result.ids]])
+        hidden = model.hidden(ids[:, :-1])[0, start - 1 :]
+        known = linear_logp(hidden, model.head_weight, ids[0, start:])
+        torch.testing.assert_close(torch.tensor(result.logps[: len(result.ids)]), known,
+                                   rtol=1e-5, atol=1e-5)
+        if result.finished:
+            last = model(ids)[0, -1].log_softmax(-1)[3:9]
+            assert (last - result.logps[-1]).abs().min() < 1e-5
+    plain = generate(model, requests(1), stop_ids=[3], max_new_tokens=2)
+    assert all(result.logps is None for result in plain.values())
+
+
 def test_neutral_and_extreme_settings():
     model = tiny_model()
 
@@ -122,7 +186,7 @@ def test_neutral_and_extreme_settings():
     greedy, sampled = run(temperature=0), run(temperature=1.0)
     assert run(temperature=0, top_k=3, top_p=0.5) == greedy
     for sampling in ({"temperature": 1e-30}, {"temperature": 1.0, "top_k": 1},
-                     {"temperature": 1.0, "top_p": 1e-9}):
+                     {"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1.0, "min_p": 1.0}):
         assert run(**sampling) == greedy
     assert run(temperature=1.0, top_k=0, top_p=1.0) == sampled
     assert run(temperature=1.0, top_k=V + 5) == sampled
@@ -131,9 +195,13 @@ def test_neutral_and_extreme_settings():
 @pytest.mark.parametrize("setting, value", [("temperature", -1.0), ("temperature", math.nan),
                                             ("temperature", math.inf), ("top_k", -1),
                                             ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
+                                            ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan),
+                                            ("repetition_penalty", 0.0),
+                                            ("repetition_penalty", math.nan),
+                                            ("stop_strings", ["a", ""]),
                                             ("max_new_tokens", 0)])
 def test_meaningless_settings_are_named(setting, value):
-    settings = {"stop_ids": [3], "max_new_tokens": 4, setting: value}
+    settings = {"stop_ids": [3], "max_new_tokens": 4, "decode": spell, setting: value}
     with pytest.raises(InputError, match=setting):
         generate(tiny_model(), requests(1), **settings)
 
@@ -188,8 +256,10 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.8), (5, 0.8)])
-def test_tokens_follow_the_filtered_softmax(temperature, top_k, top_p):
+@pytest.mark.parametrize("top_k, top_p, min_p", [
+    (0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.8, 0.0), (5, 0.8, 0.0), (0, 1.0, 0.3), (5, 1.0, 0.3),
+    (0, 0.8, 0.3), (0, 0.9, 0.05)])
+def test_tokens_follow_the_filtered_softmax(temperature, top_k, top_p, min_p):
     n, logits = 20_000, torch.linspace(-2, 2, 12)[torch.randperm(12)]
     probs = (logits / temperature).double().softmax(-1)
     order = probs.argsort(descending=True).tolist()
@@ -200,7 +270,8 @@ def test_tokens_follow_the_filtered_softmax(temperature, top_k, top_p):
             break
         nucleus.append(token)
         mass += float(probs[token] / probs[kept].sum())
-    tokens = pick(logits.expand(n, -1), uniforms(n), temperature, top_k, top_p)
+    nucleus = [token for token in nucleus if probs[token] >= min_p * probs.max()]
+    tokens = pick(logits.expand(n, -1), uniforms(n), temperature, top_k, top_p, min_p)
     assert set(tokens.tolist()) == set(nucleus)
     expected = probs[nucleus] / probs[nucleus].sum() * n
     counts = torch.bincount(tokens, minlength=12)[nucleus]
@@ -227,17 +298,20 @@ def test_extreme_uniforms_stay_inside_the_support():
             assert int(token) in (0, 2)
 
 
-def test_greedy_equals_transformers(tmp_path):
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+def test_greedy_equals_transformers(tmp_path, penalty):
     transformers = pytest.importorskip("transformers")
     from srit.models import load_model
 
     tiny_checkpoint(tmp_path / "m", scale=3.0)
     ours, _ = load_model(tmp_path / "m")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    results = generate(ours, requests(6, 1), stop_ids=[2], max_new_tokens=24)
+    results = generate(ours, requests(6, 1), stop_ids=[2], max_new_tokens=24,
+                       repetition_penalty=penalty)
     for request in requests(6, 1):
         out = theirs.generate(torch.tensor([request.prompt_ids]), max_new_tokens=24,
-                              do_sample=False, eos_token_id=2, pad_token_id=0)
+                              do_sample=False, eos_token_id=2, pad_token_id=0,
+                              repetition_penalty=penalty)
         expected = out[0, len(request.prompt_ids) :].tolist()
         got = results[request.key]
         assert got.ids + [2] * got.finished == expected
@@ -284,6 +358,18 @@ def test_rows_and_report(world, whole):
     run = json.loads((world / "whole" / "run.json").read_text())
     assert run["finished"] and run["counts"]["prompts"]["used"] == 60
     assert list((world / "whole").glob("*.rank*")) == []
+
+
+def test_stop_strings_and_logps_in_the_rows(world, tmp_path, whole):
+    common = max("abcdefghij", key=whole[1].decode().count)
+    sample(world, tmp_path / "o", "--stop_strings", common, "zzz", "--return_logps", "True")
+    texts = {}
+    for row in map(json.loads, whole[1].splitlines()):
+        texts[row["id"], row["prompt_style"], row["sample"]] = row["text"].partition(common)[0]
+    for row in map(json.loads, (tmp_path / "o" / "samples.jsonl").read_bytes().splitlines()):
+        assert row["text"] == texts[row["id"], row["prompt_style"], row["sample"]]
+        assert row["n_tokens"] <= len(row["logps"]) <= row["n_tokens"] + 1
+        assert all(logp <= 0 for logp in row["logps"])
 
 
 def test_a_killed_run_ends_with_the_same_bytes(world, whole):

@@ -55,7 +55,7 @@ def choose_all(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], path
         choices, answer = prompt.row["choices"], prompt.row["answer"]
         by_letter, by_text = (dict(zip(choices, part, strict=False)) for part in (letter, text))
         picked = best(by_letter)
-        rows.append(make_row(prompt, 0, Result([], True), tokenizer, cfg.seed) | {
+        rows.append(make_row(prompt, 0, Result([], True), tokenizer, cfg) | {
             "text": picked, "extracted": picked, "correct": picked == answer,
             "correct_strict": picked == answer, "logp_letter": by_letter, "logp_text": by_text,
             "correct_text": best(by_text) == answer,

@@ -1,0 +1,167 @@
+"""Time to answer N questions with K samples each: this engine against transformers' generate.
+
+    python benchmarks/bench_sampling.py --model_name_or_path M [--questions 200] [--samples 4]
+
+First a gate: greedy answers must be the same tokens in both (float32). Then both
+sample the same work in turns, transformers with left padding, prompts sorted by length, at every
+--hf_batch_size; its best one is what the ratio is taken to. Tokens are those up to the end of each
+answer, padding not counted. Also what share of the measured read bandwidth goes into reading weights
+(every forward pass reads all of them once). Writes benchmarks/results/bench_sampling_*.csv.
+The questions are the demo's out-of-domain word problems in the model's own chat template.
+Needs the [bench] extra.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from srit.demo_data import generate as make_questions
+from srit.models import Decoder, load_model
+from srit.prompts import question_messages, render
+from srit.runs import describe
+from srit.sampling import Request, generate, request_seed
+from srit.tokenizer import Tokenizer, load_tokenizer
+
+HERE = Path(__file__).parent
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a sum over 1 GiB reads, the best of five."""
+    data, best = torch.ones(2**28, device=device), 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum().item()
+        best = max(best, data.nbytes / (time.perf_counter() - started))
+    return best
+
+
+def ours(model: Decoder, prompts: list[tuple[int, ...]], args: argparse.Namespace, stop_ids: set[int],
+         samples: int, temperature: float) -> list[list[int]]:
+    """Token ids of every answer, without the stop token."""
+    requests = [Request((i, s), ids, request_seed(0, i, s))
+                for i, ids in enumerate(prompts) for s in range(samples)]
+    results = generate(model, requests, stop_ids=stop_ids, max_new_tokens=args.max_new_tokens,
+                       slots=args.slots, temperature=temperature)
+    return [results[request.key].ids for request in requests]
+
+
+@torch.inference_mode()
+def theirs(model: torch.nn.Module, prompts: list[tuple[int, ...]], args: argparse.Namespace,
+           stop_ids: set[int], samples: int, temperature: float, batch_size: int) -> list[list[int]]:
+    """The same from transformers; `batch_size` counts samples."""
+    answers: dict[int, list[list[int]]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    chosen = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings = chosen if temperature else {"do_sample": False}
+    per_batch = max(1, batch_size // samples)
+    for at in range(0, len(order), per_batch):
+        part = order[at : at + per_batch]
+        width = max(len(prompts[i]) for i in part)
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + list(prompts[i]) for i in part],
+                           device=model.device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part],
+                            device=model.device)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=args.max_new_tokens,
+                             num_return_sequences=samples, eos_token_id=sorted(stop_ids),
+                             pad_token_id=0, **settings)[:, width:].tolist()
+        for j, i in enumerate(part):
+            rows = out[j * samples : (j + 1) * samples]
+            ends = [next((k for k, t in enumerate(row) if t in stop_ids), len(row)) for row in rows]
+            answers[i] = [row[:end] for row, end in zip(rows, ends, strict=True)]
+    return [row for i in range(len(prompts)) for row in answers[i]]
+
+
+def read_prompts(tokenizer: Tokenizer, n: int) -> list[tuple[int, ...]]:
+    rows = make_questions(n, 0, "out")
+    return [tuple(render(tokenizer, question_messages(row, "cot")).ids) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_name_or_path", required=True, help="a Hugging Face directory")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--slots", type=int, default=32, help="sequences that we decode together")
+    parser.add_argument("--hf_batch_size", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--gate", type=int, default=50, help="questions compared greedily")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    stop_ids = set(tokenizer.stop_ids)
+    everything = read_prompts(tokenizer, max(args.questions, args.gate))
+    prompts, some = everything[: args.questions], everything[: args.gate]
+
+    def load(dtype: torch.dtype) -> tuple[Decoder, torch.nn.Module]:
+        return (load_model(args.model_name_or_path, dtype=dtype, device=device)[0],
+                AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype).to(device))
+
+    a, b = load(torch.float32)
+    pairs = list(zip(ours(a, some, args, stop_ids, 1, 0.0),
+                     theirs(b, some, args, stop_ids, 1, 0.0, 16), strict=True))
+    wrong = [i for i, (x, y) in enumerate(pairs) if x != y]
+    if wrong:
+        sys.exit(f"greedy answers differ for {len(wrong)} of {len(some)} questions, first {wrong[0]}:"
+                 f"\n{tokenizer.decode(pairs[wrong[0]][0])!r}\n{tokenizer.decode(pairs[wrong[0]][1])!r}")
+    print(f"greedy answers of {len(some)} questions are the same tokens", flush=True)
+    if dtype != torch.float32:
+        a, b = load(dtype)
+
+    contenders = {f"srit, {args.slots} slots": (a, ours, ())}
+    contenders |= {f"transformers, batch {size}": (b, theirs, (size,)) for size in args.hf_batch_size}
+    bandwidth, forwards = read_bandwidth(device), [0]
+    for model in (a, b):
+        model.model.norm.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    weights = sum(p.nbytes for p in a.parameters())
+    runs: dict[str, list[tuple[float, int, int]]] = {name: [] for name in contenders}
+    for turn in range(args.rounds):
+        for name, (model, run, rest) in contenders.items():
+            torch.manual_seed(turn)
+            forwards[0], started = 0, time.perf_counter()
+            answers = run(model, prompts, args, stop_ids, args.samples, args.temperature, *rest)
+            seconds = time.perf_counter() - started
+            runs[name].append((seconds, sum(map(len, answers)), forwards[0]))
+            print(f"round {turn + 1}, {name}: {seconds:.1f} s, {runs[name][-1][1]} tokens, "
+                  f"{forwards[0]} forward passes", flush=True)
+
+    machine, rows = describe(), []
+    for name, measured in runs.items():
+        seconds = statistics.median(s for s, _, _ in measured)
+        read = statistics.median(f * weights / s / bandwidth for s, _, f in measured)
+        rows.append({
+            "contender": name, "model": Path(args.model_name_or_path).name, "dtype": args.dtype,
+            "questions": args.questions, "samples": args.samples,
+            "max_new_tokens": args.max_new_tokens, "seconds": round(seconds, 1),
+            "tokens_per_second": round(statistics.median(t / s for s, t, _ in measured), 1),
+            "weight_reads_of_bandwidth": round(read, 3), "commit": machine["commit"],
+            "torch": torch.__version__, "transformers": version("transformers"),
+            "machine": machine["machine"]})
+    best = min(row["seconds"] for row in rows[1:])
+    for row in rows:
+        row["speed_to_transformers"] = round(best / row["seconds"], 2)
+        print("{contender:26} {seconds:8.1f} s  {tokens_per_second:8.1f} tokens/s  "
+              "{speed_to_transformers:5.2f}x".format(**row))
+    where = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else "cpu"
+    output = Path(args.output or HERE / f"results/bench_sampling_{args.dtype}_{where}.csv")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
