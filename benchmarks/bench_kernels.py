@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tables import write_csv
 from torch import Tensor
 
 from srit.kernels import dpo_loss, linear_dpo, linear_logp, linear_nll, segment_sum
 from srit.kernels.chunks import chunk_limit
 from srit.kernels.linear_logp import linear_logp_ref
-from srit.models.files import atomic_write
 from srit.runs import describe
 
 MODELS = {  # D, V
@@ -400,14 +400,6 @@ def stamp_of_this_run() -> dict:
     return stamp
 
 
-def write(rows: list[dict], stamp: dict, output: Path) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row)) + list(stamp)
-    with atomic_write(output) as handle:
-        writer = csv.DictWriter(handle, names)
-        writer.writeheader()
-        writer.writerows(row | stamp for row in rows)
-
-
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -518,7 +510,7 @@ def main() -> None:
                 new = measure(problem, found[stage, name], model, n, device, args.rounds)
                 show(new)
                 rows += new
-                write(rows, stamp, output)
+                write_csv([row | stamp for row in rows], output)
     if gpu and "score" in args.stages:
         fused_table(rows)
     print(output)

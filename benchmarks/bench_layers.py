@@ -7,7 +7,6 @@ beside torch.compile? Each must first agree with float64. Writes benchmarks/resu
 """
 
 import argparse
-import csv
 import importlib.util
 import statistics
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import torch
 from bench_kernels import device_name, quantile, relative_error, timed
+from tables import write_csv
 from torch import Tensor
 
 from srit.models.decoder import rotate
-from srit.models.files import atomic_write
 from srit.models.ops import gated, rms_norm
 from srit.runs import describe
 
@@ -116,10 +115,7 @@ def main() -> None:
                         print("{op:8} {model:13} {tokens:6} {dtype:9} {way:14} {p50_ms:9.3f} ms "
                               "{ratio_to_ours:6.2f}x".format(**rows[-1]), flush=True)
     slug = device_name().replace(" ", "-") if gpu else "cpu"
-    with atomic_write(Path(__file__).parent / f"results/bench_layers_{slug}.csv") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, Path(__file__).parent / f"results/bench_layers_{slug}.csv")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Needs the [bench] extra.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tables import write_csv
 from transformers import AutoModelForCausalLM
 
 from srit.demo_data import generate as make_questions
@@ -155,11 +155,7 @@ def main() -> None:
               "{speed_to_transformers:5.2f}x".format(**row))
     where = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else "cpu"
     output = Path(args.output or HERE / f"results/bench_sampling_{args.dtype}_{where}.csv")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, output)
     print(output)
 
 

@@ -11,7 +11,6 @@ Needs the [bench] extra.
 """
 
 import argparse
-import csv
 import importlib
 import json
 import random
@@ -24,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tables import write_csv
 
 HERE = Path(__file__).parent
 SHAPES = {  # layers, hidden, intermediate, heads, key/value heads, vocabulary, tied
@@ -267,11 +267,7 @@ def main() -> None:
     for row in rows:
         print("{stage:4} {contender:22} {tokens_per_second:9.1f} tokens/s {speed_to_trl:5.2f}x  "
               "{peak_mib:6d} MiB {memory_to_trl:5.2f}x".format(**row))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, output)
     print(output)
 
 

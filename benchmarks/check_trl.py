@@ -8,7 +8,6 @@ benchmarks/results/check_trl.csv with versions. Needs the [bench] extra.
 """
 
 import argparse
-import csv
 import json
 import random
 import sys
@@ -17,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tables import write_csv
 
 from srit.config import DPOConfig
 from srit.runs import describe
@@ -120,11 +120,7 @@ def main() -> None:
                           "relative": difference, **stamp})
             print(f"{step}  {name:20} {x[name]:14.6f} {float(y[name]):14.6f}  {difference:.1e}")
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(table, output)
     print(f"largest relative difference {worst:.1e} (allowed {TOLERANCE:.0e}); {output}")
     sys.exit(worst > TOLERANCE)
 

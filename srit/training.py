@@ -41,8 +41,8 @@ def load_for_training(cfg: TrainConfig, tokenizer: Tokenizer,
                          f"tokens, the model only {config.vocab_size}; they do not belong together")
     model.gradient_checkpointing = cfg.gradient_checkpointing
     if device.type == "cpu":
-        # Every block leaves holes that fit nothing of the next one: 0.4 of 3.4 GiB in a DPO step.
         model.model.embed_tokens.register_forward_hook(_free_before_its_gradient)
+        # Every block leaves holes in the heap that fit nothing of the next one: docs/step.md.
         for block in model.model.layers:
             block.register_forward_hook(return_free_memory)
     return model.train(), config
