@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--slots", type=int, default=32, help="sequences that we decode together")
+    parser.add_argument("--slots", type=int, default=64, help="sequences that we decode together")
     parser.add_argument("--hf_batch_size", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--gate", type=int, default=50, help="questions compared greedily")
     parser.add_argument("--rounds", type=int, default=2)
@@ -105,8 +105,10 @@ def main() -> None:
     prompts, some = everything[: args.questions], everything[: args.gate]
 
     def load(dtype: torch.dtype) -> tuple[Decoder, torch.nn.Module]:
-        return (load_model(args.model_name_or_path, dtype=dtype, device=device)[0],
-                AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype).to(device))
+        own = load_model(args.model_name_or_path, dtype=dtype, device=device)[0]
+        own.pack_weights()  # as sample and eval do
+        other = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype)
+        return own, other.to(device)
 
     a, b = load(torch.float32)
     pairs = list(zip(ours(a, some, args, stop_ids, 1, 0.0),
@@ -124,7 +126,7 @@ def main() -> None:
     bandwidth, forwards = read_bandwidth(device), [0]
     for model in (a, b):
         model.model.norm.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
-    weights = sum(p.nbytes for p in a.parameters())
+    weights = sum(p.nbytes for p in b.parameters())
     runs: dict[str, list[tuple[float, int, int]]] = {name: [] for name in contenders}
     for turn in range(args.rounds):
         for name, (model, run, rest) in contenders.items():

@@ -18,11 +18,15 @@ from torch.autograd.function import once_differentiable
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; float32 inside, result in the dtype of x."""
+    if not torch.is_grad_enabled():  # the same without autograd's bookkeeping, which decoding feels
+        return _normalise(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """silu(gate) * up (SwiGLU), or gelu(gate) * up with the tanh approximation (GeGLU)."""
+    if not torch.is_grad_enabled():
+        return _activate(gate, gelu).mul_(up)
     return _Gated.apply(gate, up, gelu)
 
 
@@ -48,13 +52,29 @@ def remade(value: Tensor, make: Callable[[], Tensor], when: bool) -> AbstractCon
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
+def pack(weight: Tensor) -> Tensor:
+    """A weight (out, in) in the order that oneDNN's product reads; only `packed_linear` can use it."""
+    rows = 64  # the layout is chosen for so many; other numbers run about as fast
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear with a packed weight. A row's sums do not depend on the other rows (tested)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        normed, scale = _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale * weight.float()).to(x.dtype)
+        return normed
 
     @staticmethod
     @once_differentiable

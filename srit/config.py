@@ -204,7 +204,7 @@ class GenerateConfig:
     """Write the log-probability of every generated token, by the model itself, as `logps`."""
     max_new_tokens: int = 256
     """Longest completion."""
-    per_device_batch_size: int = 32
+    per_device_batch_size: int = 64
     """Sequences decoded together."""
     limit: int | None = None
     """Only the first questions of every file."""

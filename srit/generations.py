@@ -61,13 +61,14 @@ def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokeniz
 
 def load_for_generation(cfg: GenerateConfig,
                         device: torch.device) -> tuple[Decoder, Tokenizer]:
-    """Model in cfg.dtype, and its tokenizer."""
+    """Model in cfg.dtype, its weights laid out for inference, and its tokenizer."""
     tokenizer = load_tokenizer(cfg.model_name_or_path)
     model, config = load_model(cfg.model_name_or_path, dtype=getattr(torch, cfg.dtype),
                                device=device)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
                          f"tokens, the model only {config.vocab_size}; they do not belong together")
+    model.pack_weights()
     return model, tokenizer
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_checkpoint
 
 from srit.models import KVCache, ModelConfig, load_model, save_model
 from srit.models.files import InputError
@@ -305,3 +306,14 @@ def test_gguf(tmp_path, tied):
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:500])
     with pytest.raises(InputError, match="damaged or not GGUF"):
         load_model(str(tmp_path / "cut.gguf"))
+
+
+def test_packed_weights_give_the_same_logits_and_leave_one_copy(tmp_path):
+    for overrides in ({}, {"attention_bias": True}, {"tie_word_embeddings": False}):
+        model, config = load_model(str(tiny_checkpoint(tmp_path / str(overrides), **overrides)))
+        ids = torch.randint(config.vocab_size, (2, 9))
+        with torch.inference_mode():
+            want = model(ids)
+            model.pack_weights()
+            torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
+        assert model.model.layers[0].mlp.up_proj.weight is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from srit.models.ops import gated, rms_norm
+from srit.models.ops import gated, pack, packed_linear, rms_norm
 
 
 def definition_norm(x, weight, eps):
@@ -54,3 +54,17 @@ def test_only_inputs_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         rms_norm(x, torch.ones(32), 1e-6), gated(gate, up, False)
     assert all(t.data_ptr() in known or t.numel() <= 64 for t in kept) and len(kept) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out,size", [(16, 8), (97, 33), (192, 64), (40, 24)])
+def test_a_packed_product_is_linear_and_knows_no_neighbours(out, size, dtype):
+    weight, bias, x = (torch.randn(*s).to(dtype) for s in ((out, size), (out,), (128, size)))
+    packed = pack(weight)
+    want = F.linear(x.double(), weight.double(), bias.double())
+    got = packed_linear(x[None], packed, bias)[0]
+    assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+    alone = torch.cat([packed_linear(x[i : i + 8], packed, bias) for i in range(0, 128, 8)])
+    shuffled = torch.randperm(128)
+    for rows in (torch.arange(24), torch.arange(40, 96), shuffled, shuffled[:64]):
+        assert torch.equal(packed_linear(x[rows], packed, bias), alone[rows])

@@ -85,6 +85,7 @@ def test_greedy_is_the_argmax_of_the_full_forward():
         assert (results[request.key].ids, results[request.key].finished) == (ids, finished)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0},
                                       {"temperature": 0.7, "top_k": 20},
@@ -92,8 +93,10 @@ def test_greedy_is_the_argmax_of_the_full_forward():
                                       {"temperature": 1.0, "min_p": 0.05, "return_logps": True,
                                        "repetition_penalty": 1.2, "stop_strings": ["ga", "da"],
                                        "decode": lambda ids: spell(ids)}], ids=str)
-def test_a_text_depends_on_nothing_but_its_own_request(dtype, sampling):
+def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
     model, all_requests = tiny_model(dtype), requests(9, 3)
+    if packed:
+        model.pack_weights()
     settings = {"stop_ids": range(3, 20), "max_new_tokens": 20,
                 "prefix": shared_prefix(prompts(9)), **sampling}
     expected = generate(model, all_requests, slots=8, **settings)
