@@ -50,18 +50,27 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     try:
         os.chmod(temporary, 0o755)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():  # a directory cannot be renamed over a non-empty one
-            old = temporary.with_suffix(".old")
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
+        fsync_tree(temporary)
+        rename_over(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def fsync_tree(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def rename_over(directory: Path, path: Path) -> None:
+    """Put `directory` in the place of `path`."""
+    if path.exists():  # a directory cannot be renamed over a non-empty one
+        old = directory.with_suffix(".old")
+        os.rename(path, old)
+        os.rename(directory, path)
+        shutil.rmtree(old)
+    else:
+        os.rename(directory, path)
     _fsync_dir(path.parent)

@@ -2,18 +2,23 @@
 
 import json
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from srit.models.config import ModelConfig
 from srit.models.decoder import Decoder
 from srit.models.files import InputError, atomic_write
+from srit.models.lora import merged_parameters
 
 SHARD_BYTES = 5 * 1000**3
 INDEX = "model.safetensors.index.json"
@@ -97,6 +102,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         files = [directory / name for name in names]
     elif single.is_file():
         files = [single]
+    elif (directory / "trainer_state.json").is_file():
+        return _read_training_checkpoint(directory)
     else:
         raise InputError(f"{directory}: no model.safetensors and no {INDEX} "
                          "(pickled weights are not read)")
@@ -109,6 +116,19 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                 tensors |= {key: handle.get_tensor(key) for key in handle.keys()}
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{file}: damaged or not safetensors ({error})") from None
+    return tensors
+
+
+def _read_training_checkpoint(directory: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint-N of a training run, put together from all ranks' parts."""
+    reader = HuggingFaceStorageReader(str(directory / "state"))
+    try:
+        known = reader.read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype)
+                   for name, meta in known.items() if not name.startswith(("optimizer.", "rng."))}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{directory}: damaged checkpoint ({type(error).__name__})") from None
     return tensors
 
 
@@ -134,34 +154,50 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype,
     model.requires_grad_(True)
 
 
-def save_model(model: Decoder, config: ModelConfig, directory: str | Path) -> None:
-    """Write config.json and safetensors in Hugging Face layout; a tied head is not written twice."""
-    directory = Path(directory)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
+def save_model(model: Decoder, config: ModelConfig, directory: str | Path | None) -> None:
+    """Write config.json and safetensors in Hugging Face layout, adapters merged, a tied head once.
+
+    One file of at most SHARD_BYTES at a time is in memory. Every rank of a sharded model calls
+    this; those that write nothing have no directory.
+    """
+    shards: list[list[tuple[str, nn.Parameter, Callable[[], Tensor]]]] = [[]]
+    size = total = 0
+    for entry in merged_parameters(model):
+        nbytes = entry[1].numel() * entry[1].element_size()
+        if size + nbytes > SHARD_BYTES and shards[-1]:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    directory.mkdir(parents=True, exist_ok=True)
+        shards[-1].append(entry)
+        size, total = size + nbytes, total + nbytes
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    directory = None if directory is None else Path(directory)
     for file, shard in zip(names, shards, strict=True):
-        temporary = directory / f".{file}.tmp"
-        save_file(shard, temporary, metadata={"format": "pt"})
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(directory / file)
+        tensors = {}
+        for name, _, value in shard:
+            tensor = value()  # the other ranks give their part, and drop the whole
+            if directory is not None:
+                tensors[name] = tensor.cpu().contiguous()
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            temporary = directory / f".{file}.tmp"
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(directory / file)
+    if directory is None:
+        return
     if len(shards) > 1:
-        total = sum(t.nbytes for t in tensors.values())
-        where = {k: file for file, shard in zip(names, shards, strict=True) for k in shard}
+        where = {name: file for file, shard in zip(names, shards, strict=True)
+                 for name, _, _ in shard}
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    write_config(config, directory, shards[0][0][1].dtype)
+
+
+def write_config(config: ModelConfig, directory: Path,
+                 dtype: torch.dtype = torch.float32) -> None:
     raw = {k: v for k, v in config.to_dict().items() if k not in ("torch_dtype", "dtype")}
-    _write_json(directory / "config.json", {**raw, "dtype": dtype})
+    _write_json(directory / "config.json", {**raw, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

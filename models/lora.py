@@ -5,8 +5,9 @@ Source: Hu et al. 2021, arXiv 2106.09685. On disk an adapter has PEFT's layout.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from srit.models.decoder import Decoder, Linear
 from srit.models.files import InputError, atomic_write
+from srit.models.sharded import put, whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
@@ -78,13 +80,30 @@ def add_lora(model: Decoder, r: int = 16, alpha: float = 32, dropout: float = 0.
             setattr(owner, child, LoRALinear(getattr(owner, child), r, alpha, dropout))
 
 
+@torch.no_grad()
+def _merged(module: LoRALinear) -> Tensor:
+    delta = module.scale * (whole(module.lora_B).float() @ whole(module.lora_A).float())
+    return (whole(module.weight).float() + delta).to(module.weight.dtype)
+
+
+def merged_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, Callable[[], Tensor]]]:
+    """(name, parameter, its full value with the adapter added) of all but the adapters' own.
+
+    A value is made when it is asked for; of a sharded model every rank must ask for it.
+    """
+    adapted = {f"{name}.weight": module for name, module in _adapters(model)}
+    for name, parameter in model.named_parameters():
+        if name in adapted:
+            yield name, parameter, partial(_merged, adapted[name])
+        elif not name.endswith((".lora_A", ".lora_B")):
+            yield name, parameter, partial(whole, parameter)
+
+
 def merge(model: Decoder) -> None:
     """Add every adapter to its weight, in float32, and take it away; all parameters train again."""
     for name, module in list(_adapters(model)):
         parent, _, child = name.rpartition(".")
-        with torch.no_grad():
-            delta = module.scale * (module.lora_B.float() @ module.lora_A.float())
-            merged = (module.weight.float() + delta).to(module.weight.dtype)
+        merged = _merged(module)
         plain = Linear(module.in_features, module.out_features, bias=module.bias is not None,
                        device="meta")
         plain.weight, plain.bias = nn.Parameter(merged), module.bias
@@ -108,16 +127,22 @@ def disabled(model: Decoder) -> Iterator[None]:
             module.enabled = enabled
 
 
-def save_adapter(model: Decoder, directory: str | Path, base_model_name_or_path: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT does."""
-    directory = Path(directory)
+def save_adapter(model: Decoder, directory: str | Path | None,
+                 base_model_name_or_path: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does.
+
+    Every rank of a sharded model calls this; those that write nothing have no directory.
+    """
     adapters = dict(_adapters(model))
     first = next(iter(adapters.values()))
     r = len(first.lora_A)
     tensors = {}
     for name, module in adapters.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = whole(module.lora_A).cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole(module.lora_B).cpu().contiguous()
+    if directory is None:
+        return
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / ".adapter_model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
@@ -168,7 +193,6 @@ def load_adapter(model: Decoder, directory: str | Path) -> None:
             if found.shape != parameter.shape:
                 raise InputError(f"{directory}: tensor {key} has shape {tuple(found.shape)}, the "
                                  f"model asks for {tuple(parameter.shape)}")
-            with torch.no_grad():
-                parameter.copy_(found)
+            put(parameter, found)
     if tensors:
         raise InputError(f"{directory}: unexpected tensor {next(iter(tensors))}")

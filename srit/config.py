@@ -14,9 +14,14 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
+from safetensors import SafetensorError
 
+from srit import dist, stop
 from srit.models.files import InputError
 
+# What gloo and NCCL say when a peer is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out",
+        "timed out", "NCCL error", "Socket closed")
 PromptStyle = Literal["direct", "cot"]
 Config = TypeVar("Config")
 
@@ -86,10 +91,20 @@ class TrainConfig:
     """Steps between checkpoints; 0: none on the way."""
     save_total_limit: int = 2
     """Checkpoints that are kept."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in host memory."""
+    max_time: float = 0.0
+    """Minutes after which the run saves and ends, to be continued; 0: no limit."""
+    max_skipped_steps: int = 10
+    """Steps with a gradient that is not finite are skipped; more of them end the run."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several GPUs: a whole model on each, or (fsdp) a part of everything on each."""
+    ddp_timeout: float = 1800.0
+    """Seconds that ranks wait for one another."""
     load_best_model_at_end: bool = True
     """Export the weights with the lowest evaluation loss (needs eval_file), not the last."""
-    resume_from_checkpoint: str | None = None
-    """auto: the newest checkpoint of output_dir, or a fresh start; or a checkpoint directory."""
+    resume_from_checkpoint: str = "auto"
+    """auto: the newest good checkpoint of output_dir, or a fresh start; or a checkpoint directory."""
     overwrite_output_dir: bool = False
     """Delete what output_dir holds and start afresh."""
     shuffle_dataset: bool = True
@@ -110,7 +125,7 @@ class TrainConfig:
                      "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
-                     "warmup_steps", "max_tokens_per_batch"):
+                     "warmup_steps", "max_tokens_per_batch", "max_time", "max_skipped_steps"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs",
                self.num_train_epochs, "positive when max_steps is not given")
@@ -206,6 +221,8 @@ class GenerateConfig:
     """Longest completion."""
     per_device_batch_size: int = 64
     """Sequences decoded together."""
+    max_time: float = 0.0
+    """Minutes after which the run ends, to be continued; 0: no limit."""
     limit: int | None = None
     """Only the first questions of every file."""
     overwrite_output_dir: bool = False
@@ -361,18 +378,25 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
         argv: list[str] | None = None) -> None:
     """Parse and run one stage. Bad input ends it with one line and exit status 1."""
     try:
-        main(parse(cls, stage, argv))
-    except (InputError, OSError) as error:  # OSError: no space, no permission, ...
+        cfg = parse(cls, stage, argv)
+        with stop.listening(cfg.max_time if hasattr(cfg, "max_time") else 0.0):
+            main(cfg)
+    except stop.Stopped as reason:
+        if dist.rank() == 0:
+            print(reason)
+        dist.shutdown()
+    except (InputError, OSError, SafetensorError) as error:  # OSError: no space, no permission, ...
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
         text = str(error)
+        if any(sign in text for sign in LOST):
+            sys.exit(f"error: rank {dist.rank()}: another rank has died or does not answer "
+                     f"({text.splitlines()[0]}); its own message says why. The same command goes on "
+                     "from the last checkpoint")
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
         sys.exit(f"error: out of memory ({text.splitlines()[0]}). Training: lower "
                  "--max_tokens_per_batch or --per_device_train_batch_size (and raise "
                  "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling and "
                  "evaluation: lower --per_device_batch_size")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on where it stopped "
-                 "(training: with --resume_from_checkpoint auto)")

@@ -133,8 +133,13 @@ class Schedule:
     shuffle: bool
 
     @property
+    def step_size(self) -> int:
+        """Units of one optimizer step, on all ranks."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    @property
     def steps_per_epoch(self) -> int:
-        return -(-self.n_units // (self.batch_size * self.accumulation * self.world_size))
+        return -(-self.n_units // self.step_size)
 
     def total_steps(self, epochs: float, max_steps: int) -> int:
         return max_steps if max_steps > 0 else max(1, round(epochs * self.steps_per_epoch))
@@ -148,7 +153,7 @@ class Schedule:
     def step(self, step: int, rank: int = 0) -> list[list[int]]:
         """The micro-batches of `rank` at optimizer step `step`; some may be empty."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        size = self.batch_size * self.accumulation * self.world_size
+        size = self.step_size
         units = self.order(epoch)[at * size : (at + 1) * size]
         micro = [units[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
         return micro[rank :: self.world_size]

@@ -13,13 +13,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from srit import dist
+from srit import dist, stop
 from srit.answers import grade
 from srit.config import GenerateConfig
 from srit.models import Decoder, load_model
 from srit.models.files import InputError
 from srit.prompts import question_messages, render
-from srit.records import dataset_name, read_lines, read_questions, write_jsonl
+from srit.records import (
+    cut_torn_line,
+    dataset_name,
+    has_rows,
+    read_lines,
+    read_questions,
+    write_jsonl,
+)
 from srit.sampling import Request, Result, generate, request_seed, shared_prefix
 from srit.tokenizer import Tokenizer, load_tokenizer
 
@@ -111,9 +118,12 @@ def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
                  temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
                  repetition_penalty=cfg.repetition_penalty, stop_strings=cfg.stop_strings,
                  decode=tokenizer.decode, return_logps=cfg.return_logps,
-                 prefix=shared_prefix([p.ids for p in prompts]))
+                 prefix=shared_prefix([p.ids for p in prompts]), should_stop=stop.requested)
     log.close()
     dist.barrier()
+    if dist.any_rank(stop.requested()):
+        raise stop.Stopped(f"stopped: {path} holds what was answered so far; the same command goes "
+                           "on from there")
     rows = {row_key(row): row for row in read_parts(path)}
     rows = [rows[key] for key in by_key]
     dist.barrier()
@@ -153,16 +163,8 @@ def part_files(path: Path) -> list[Path]:
 
 def read_parts(path: Path) -> list[dict]:
     """The rows that all ranks have written so far."""
-    files = [file for file in (path, *part_files(path)) if file.is_file() and file.stat().st_size]
+    files = filter(has_rows, (path, *part_files(path)))
     return [row for file in files for _, row in read_lines(file)]
-
-
-def cut_torn_line(path: Path) -> None:
-    """Drop a last line that a killed run did not write to its end."""
-    if path.is_file():
-        data = path.read_bytes()
-        with open(path, "r+b") as handle:
-            handle.truncate(data.rfind(b"\n") + 1)
 
 
 class _Progress:

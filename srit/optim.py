@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from srit.models.sharded import whole
+
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
     """Share of the peak learning rate at optimizer step `step`, counted from 0.
@@ -48,4 +50,5 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     """The global gradient norm *before* clipping to `max_norm` (0: no clipping)."""
     trained = [p for p in model.parameters() if p.grad is not None]
-    return nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
+    norm = nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
+    return whole(norm)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from srit import stop
 from srit.config import parse, to_flags
 from srit.evaluate import table
 from srit.models.files import InputError, atomic_write
@@ -51,13 +53,25 @@ def is_finished(stage: Stage) -> bool:
 
 def run_stage(stage: Stage) -> None:
     """Run one stage; its exit status other than 0 ends this process with the same."""
-    flags = to_flags(stage.values)
-    if stage.kind in ("sft", "dpo") and "resume_from_checkpoint" not in stage.values:
-        flags += ["--resume_from_checkpoint", "auto"]
-    command = [sys.executable, "-m", f"srit.train.{stage.kind}", *flags]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    command = [sys.executable, "-m", f"srit.train.{stage.kind}", *to_flags(stage.values)]
+    # In a session of its own: a Ctrl-C comes to us alone, and is passed on once.
+    child = subprocess.Popen(command, start_new_session=True)
+    passed_on = False
+    while (status := _wait(child)) is None:
+        if stop.requested() and not passed_on:
+            child.send_signal(signal.SIGTERM)
+            passed_on = True
+    if status:
+        sys.exit(status)
+    if not is_finished(stage):
+        raise stop.Stopped("the run stopped; the same command goes on from there")
+
+
+def _wait(child: subprocess.Popen) -> int | None:
+    try:
+        return child.wait(0.2)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def main(cfg: RunConfig) -> None:

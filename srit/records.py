@@ -39,6 +39,18 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [row for _, row in read_lines(path)]
 
 
+def has_rows(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop a last line that a killed run did not write to its end."""
+    if path.is_file():
+        data = path.read_bytes()
+        with open(path, "r+b") as handle:
+            handle.truncate(data.rfind(b"\n") + 1)
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Write rows atomically, one JSON object a line, UTF-8."""
     with atomic_write(path) as handle:

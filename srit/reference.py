@@ -65,16 +65,19 @@ def reference_logps(model: Decoder, pairs: Sequence[Pair], micro_batches: Iterab
     wanted = [rows for rows in micro_batches if rows]
     missing = [rows for rows in wanted if any(keys[i] not in known for i in rows)]
     model.eval()
-    for rows in tqdm(missing, desc="reference", disable=dist.rank() != 0, dynamic_ncols=True):
+    own = dist.in_step(missing, [0])
+    for rows, weight in tqdm(own, desc="reference", disable=dist.rank() != 0, dynamic_ncols=True):
         batch = collate_pairs([pairs[i] for i in rows]).to(device)
-        for i, logps in zip(rows, pair_logps(model, batch).view(-1, 2).tolist(), strict=True):
-            known[keys[i]] = logps
+        values = pair_logps(model, batch).view(-1, 2).tolist()
+        if weight:  # else only to keep step with the other ranks
+            known |= {keys[i]: logps for i, logps in zip(rows, values, strict=True)}
     model.train()
+    dist.end_scoring(model)
     for rows in wanted:
         for i in rows:
             result[i] = torch.tensor(known[keys[i]])
     result = _gather(result.to(device))
-    if dist.rank() == 0 and missing:
+    if dist.rank() == 0 and own:
         with atomic_write(cache) as handle:
             for key, logps in zip(keys, result.tolist(), strict=True):
                 if logps[0] == logps[0]:

@@ -18,8 +18,11 @@ from srit.records import Counts
 CHANGEABLE = {
     "output_dir", "device", "overwrite_output_dir", "resume_from_checkpoint", "max_steps",
     "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-    "per_device_eval_batch_size", "per_device_batch_size",
+    "per_device_eval_batch_size", "per_device_batch_size", "max_time", "max_skipped_steps",
+    "async_save", "parallel", "ddp_timeout",
 }
+# These as well, when the product with the number of ranks stays: a checkpoint is checked for that.
+BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 ARTEFACTS = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json", "samples.jsonl",
              "pairs.jsonl", "results.json")
 
@@ -35,19 +38,19 @@ def read_run(output_dir: str | Path) -> dict | None:
         raise InputError(f"{path}: not JSON ({error}); remove the directory and run again") from None
 
 
-def config_difference(old: dict, new: dict) -> str | None:
+def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -> str | None:
     """The first setting that differs and matters, as text; None when the run is the same."""
     for key in new:
-        if key not in CHANGEABLE and old.get(key) != new[key]:
+        if key not in changeable and old.get(key) != new[key]:
             return f"{key} was {old.get(key)!r}, now {new[key]!r}"
     return None
 
 
-def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any, resume: bool = True) -> None:
+def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
     """Make `output_dir` this run's own, or raise InputError when it holds another run.
 
-    The directory may hold the same run (same stage and settings) when `resume` is true.
-    With `cfg.overwrite_output_dir` a directory that holds a run is emptied first.
+    It may hold the same run (same stage and settings), which then goes on. With
+    `cfg.overwrite_output_dir` a directory that holds a run is emptied first.
     """
     output_dir = Path(output_dir)
     run = read_run(output_dir)
@@ -61,11 +64,8 @@ def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any, resume: bool 
                 raise InputError(f"{output_dir} holds {name} but no run.json; {other}")
     elif run["stage"] != stage:
         raise InputError(f"{output_dir} already holds a run of stage '{run['stage']}'; {other}")
-    elif difference := config_difference(run["config"], dataclasses.asdict(cfg)):
+    elif difference := config_difference(run["config"], dataclasses.asdict(cfg), CHANGEABLE | BATCH):
         raise InputError(f"{output_dir} already holds another run: {difference}; {other}")
-    elif not resume:
-        raise InputError(f"{output_dir} already holds this run; continue it with "
-                         f"--resume_from_checkpoint auto, or {other}")
     if run is None:
         _write(output_dir, {"stage": stage, "finished": False, **describe(cfg)})
 

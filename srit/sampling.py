@@ -291,8 +291,10 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
              stop_strings: Sequence[str] = (), decode: Callable[[Sequence[int]], str] | None = None,
              return_logps: bool = False, prefix: int | None = None,
              on_finish: Callable[[Request, Result], None] | None = None,
-             ) -> dict[Hashable, Result]:
+             should_stop: Callable[[], bool] = lambda: False) -> dict[Hashable, Result]:
     """Complete every request; `on_finish` is called as each one ends.
+
+    When `should_stop` is true, asked at every step, those that have ended until then are all.
 
     `stop_strings` end a text as soon as `decode` (token ids -> text) shows one in the completion.
     `prefix`: how many tokens all prompts share (`shared_prefix`, which is the default). Whoever
@@ -329,7 +331,7 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
     model.eval()
     rows = _Slots(model, slots, len(queue[0].prompt_ids) + max_new_tokens, max_new_tokens,
                   queue[0].prompt_ids[:prefix], repetition_penalty, return_logps)
-    while queue or rows.requests:
+    while (queue or rows.requests) and not should_stop():
         free = slots - len(rows.requests)
         if queue and (free >= refill or free == slots):
             rows.admit([queue.popleft() for _ in range(min(free, len(queue)))])

@@ -1,30 +1,34 @@
 """What the two training loops share; the loops themselves stand in train/sft.py and train/dpo.py."""
 
 import ctypes
-import math
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from srit import dist
+from srit import dist, stop
 from srit.checkpoint import (
+    CheckpointWriter,
     TrainState,
+    checkpoints,
     find_checkpoint,
     load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
+    read_state,
 )
 from srit.config import TrainConfig
 from srit.data import Schedule, pack
+from srit.log import MetricsLog
 from srit.models import Decoder, ModelConfig, load_model, save_model
 from srit.models.files import InputError, atomic_dir
-from srit.models.lora import add_lora, merge
+from srit.models.load import write_config
+from srit.models.lora import add_lora, load_adapter, save_adapter
 from srit.optim import clip_gradients, lr_factor, make_adamw, set_learning_rate, warmup_steps
+from srit.runs import read_run
 from srit.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,9 +36,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load_for_training(cfg: TrainConfig, tokenizer: Tokenizer,
                       device: torch.device) -> tuple[Decoder, ModelConfig]:
-    """The model with fp32 master weights, computing in cfg.dtype."""
+    """The model with fp32 master weights, computing in cfg.dtype.
+
+    One that will be sharded comes to the CPU, and goes to its GPU block by block.
+    """
     torch.manual_seed(cfg.seed)
-    model, config = load_model(cfg.model_name_or_path, dtype=torch.float32, device=device,
+    first = torch.device("cpu") if cfg.parallel == "fsdp" else device
+    model, config = load_model(cfg.model_name_or_path, dtype=torch.float32, device=first,
                                compute_dtype=DTYPES[cfg.dtype])
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
@@ -56,9 +64,13 @@ def longest_row(cfg: TrainConfig, config: ModelConfig) -> int:
     return min(cfg.max_length, config.max_position_embeddings)
 
 
-def attach_lora(model: Decoder, cfg: TrainConfig) -> None:
-    add_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout,
-             target_modules=cfg.lora_target_modules or None)
+def prepare(model: Decoder, cfg: TrainConfig, device: torch.device) -> None:
+    """Attach the adapter, and spread the model over the ranks, if asked to."""
+    if cfg.use_peft:
+        add_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout,
+                 target_modules=cfg.lora_target_modules or None)
+    if cfg.parallel == "fsdp":
+        dist.shard(model, device)
 
 
 def batches_of(sizes: Sequence[int], cfg: TrainConfig,
@@ -105,55 +117,90 @@ class Optimization:
         self.optimizer = make_adamw(model, cfg.learning_rate, cfg.weight_decay,
                                     (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_epsilon)
         self.state = TrainState(total_steps=self.total)
-        self.unchecked: list[tuple[int, list[str], Tensor]] = []  # step, ids, loss
+        self.writer = CheckpointWriter(self.output_dir, cfg.save_total_limit, cfg.async_save)
+        self.unchecked: list[tuple[int, list[str], Tensor]] = []  # step, ids, whether it counted
 
     def resume(self, reference: str | None = None) -> int:
         """Load the checkpoint to go on from, if there is one; the step to start with."""
         found = find_checkpoint(self.output_dir, self.cfg.resume_from_checkpoint)
+        done = read_run(self.output_dir) or {}
+        if done.get("finished") and done["steps"] >= self.total:
+            raise InputError(f"{self.output_dir}: this run is finished; train longer with "
+                             "--max_steps or --num_train_epochs, or start it afresh with "
+                             "--overwrite_output_dir True")
         if found is not None:
             self.state = load_checkpoint(found, self.model, self.optimizer)
             if self.state.reference != reference:
                 raise InputError(f"{found}: was trained against another reference model; "
                                  f"--model_name_or_path must be the one it started from")
+            if self.state.batch_size != self.schedule.step_size:
+                raise InputError(f"{found}: a step was {self.state.batch_size} rows, pairs or bins, "
+                                 f"and would now be {self.schedule.step_size}; adapt "
+                                 "--per_device_train_batch_size or --gradient_accumulation_steps to "
+                                 f"{dist.world_size()} processes")
             if dist.rank() == 0:
                 print(f"resuming {found} at step {self.state.step} of {self.total}")
         self.state.reference = reference
-        self.state.total_steps = self.total
+        self.state.total_steps, self.state.batch_size = self.total, self.schedule.step_size
         return self.state.step
+
+    def passes(self, micro: Sequence[Sequence[list[int]]]) -> Iterator[tuple[list[int], float]]:
+        """The forward passes of this rank: rows and their weight.
+
+        `micro` has the micro-batches of every rank. Where a rank has none left but another one
+        does, it passes the other's rows with weight 0: with a sharded model nobody may stay away.
+        """
+        together = [turn for turn in zip(*micro, strict=True) if any(turn)]
+        for at, turn in enumerate(together, 1):
+            own = turn[dist.rank()]
+            dist.reduce_after_this_backward(self.model, at == len(together))
+            yield (own, 1.0) if own else (next(filter(None, turn)), 0.0)
 
     def learning_rate(self, step: int) -> float:
         factor = lr_factor(step, self.total, self.warmup, self.cfg.lr_scheduler_type)
         return self.cfg.learning_rate * factor
 
-    def step(self, step: int, loss: Tensor, ids: list[str]) -> Tensor:
-        """Reduce, clip, update, clear: the gradient norm before clipping.
+    def step(self, step: int, loss: Tensor, ids: list[str]) -> tuple[Tensor, Tensor]:
+        """Reduce, clip, update, clear: the gradient norm before clipping, and whether it is finite.
 
-        A step whose norm is not finite changes no weight: the fused optimizer reads that from the
-        device. `check_finite` ends the run, with the `ids` of its rows, when the host next looks.
+        A step whose loss or norm is not finite changes no weight: the fused optimizer reads that
+        from the device. `count_skipped` counts it when the host next looks.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         dist.all_reduce_gradients(trained)
         if all(p.grad is None for p in trained):
             raise RuntimeError("no trained parameter received a gradient")
         norm = clip_gradients(self.model, self.cfg.max_grad_norm)
+        finite = torch.isfinite(loss + norm)
         set_learning_rate(self.optimizer, self.learning_rate(step))
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.unchecked.append((step + 1, ids, loss + 0 * norm))
+        self.optimizer.found_inf = (~finite).float()
+        self.unchecked.append((step + 1, ids, finite))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if norm.device.type == "cpu":
             return_free_memory()
         self.state.step = step + 1
-        return norm
+        return norm, finite
 
-    def check_finite(self) -> None:
-        """Raise InputError for the first step since the last call whose loss was not finite."""
+    def count_skipped(self) -> None:
+        """Count the skipped steps since the last call, and name their rows.
+
+        Raises InputError when the run has skipped more than max_skipped_steps.
+        """
         steps, self.unchecked = self.unchecked, []
-        losses = torch.stack([loss for _, _, loss in steps]).tolist() if steps else []
-        for (step, ids, _), loss in zip(steps, losses, strict=True):
-            if not math.isfinite(loss):
-                raise InputError(f"step {step}: loss or gradient is not finite; rows of this step: "
-                                 f"{', '.join(ids[:8])}. Lower --learning_rate, or look at these rows")
+        finite = torch.stack([ok for _, _, ok in steps]).tolist() if steps else []
+        for (step, ids, _), ok in zip(steps, finite, strict=True):
+            if ok:
+                continue
+            self.state.skipped_steps += 1
+            text = (f"step {step}: loss or gradient is not finite; rows of this step: "
+                    f"{', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}")
+            if self.state.skipped_steps > self.cfg.max_skipped_steps:
+                raise InputError(f"{text}. {self.state.skipped_steps} steps were skipped for this, "
+                                 f"--max_skipped_steps is {self.cfg.max_skipped_steps}: lower "
+                                 "--learning_rate, or look at these rows")
+            if dist.rank() == 0:
+                print(f"\nskipped {text}", file=sys.stderr)
 
     def log_due(self) -> bool:
         return self.state.step % self.cfg.logging_steps == 0 or self.state.step == self.total
@@ -165,39 +212,76 @@ class Optimization:
         return bool(self.cfg.eval_file) and due
 
     def keep_best(self, eval_loss: float) -> None:
-        """Write the weights to best/ when the evaluation loss is the lowest so far."""
+        """Write the weights to best-N/ when the evaluation loss is the lowest so far."""
         best = self.state.best_eval_loss
         if self.cfg.load_best_model_at_end and (best is None or eval_loss < best):
             self.state.best_eval_loss, self.state.best_step = eval_loss, self.state.step
-            if dist.rank() == 0:
-                with atomic_dir(self.output_dir / "best") as directory:
-                    save_weights(directory, self.model, self.config, self.tokenizer,
-                                 self.cfg.model_name_or_path)
+            self._save_weights(self._best())
 
-    def checkpoint(self) -> None:
-        """Write checkpoint-N when one is due."""
+    def checkpoint(self, log: MetricsLog) -> None:
+        """Write checkpoint-N when one is due, or when the run was asked to stop, which then raises."""
+        asked = dist.any_rank(stop.requested()) and self.state.step < self.total
         due = self.cfg.save_steps and self.state.step % self.cfg.save_steps == 0
-        if due:
-            self.check_finite()
-        if due and dist.rank() == 0:
-            save_checkpoint(self.output_dir, self.model, self.config, self.tokenizer,
-                            self.optimizer, self.state, self.cfg.model_name_or_path,
-                            self.cfg.save_total_limit)
+        if due or asked:
+            self.count_skipped()
+            self.state.log = log.pending()
+            self.writer.save(self.model, self.optimizer, self.state, self._write_files)
+            self._drop_best({self.state.best_step})
+        if asked:
+            self.writer.wait()
+            log.close()
+            raise stop.Stopped(f"stopped after step {self.state.step} of {self.total}; the same "
+                               "command goes on from there")
 
     def export(self) -> None:
         """The trained model in Hugging Face layout: the best weights if kept, else the last."""
-        if dist.rank() != 0:
-            return
-        best = self.output_dir / "best"
-        if self.state.best_step is not None:
-            load_weights(best, self.model)
+        self.writer.wait()
+        main = dist.rank() == 0
+        if main and self.state.best_step is not None:
             print(f"exporting step {self.state.best_step}, "
                   f"evaluation loss {self.state.best_eval_loss:.4f}")
         if self.cfg.use_peft:
-            with atomic_dir(self.output_dir / "adapter") as directory:
-                save_weights(directory, self.model, self.config, self.tokenizer,
-                             self.cfg.model_name_or_path)
-            merge(self.model)
-        save_model(self.model, self.config, self.output_dir)
-        self.tokenizer.save(self.output_dir)
-        shutil.rmtree(best, ignore_errors=True)
+            if self.state.best_step is not None:
+                load_adapter(self.model, self._best())
+            self._save_weights(self.output_dir / "adapter")
+        if self.state.best_step is not None and not self.cfg.use_peft:
+            for file in sorted(self._best().iterdir()) if main else ():
+                shutil.copyfile(file, self.output_dir / f".{file.name}.tmp")
+                (self.output_dir / f".{file.name}.tmp").replace(self.output_dir / file.name)
+        else:
+            save_model(self.model, self.config, self.output_dir if main else None)
+        if main:
+            self.tokenizer.save(self.output_dir)
+
+    def clean(self) -> None:
+        """Remove what a finished run does not need; what a checkpoint goes back to stays."""
+        self._drop_best(set())
+
+    def _best(self) -> Path:
+        return self.output_dir / f"best-{self.state.best_step}"
+
+    def _save_weights(self, directory: Path) -> None:
+        with atomic_dir(directory) if dist.rank() == 0 else nullcontext() as temporary:
+            if self.cfg.use_peft:
+                save_adapter(self.model, temporary, self.cfg.model_name_or_path)
+            else:
+                save_model(self.model, self.config, temporary)
+            if temporary is not None:
+                self.tokenizer.save(temporary)
+
+    def _write_files(self, directory: Path | None) -> None:
+        """What a checkpoint holds besides tensors and state."""
+        if self.cfg.use_peft:
+            save_adapter(self.model, directory, self.cfg.model_name_or_path)
+        if directory is not None:
+            write_config(self.config, directory)
+            self.tokenizer.save(directory)
+
+    def _drop_best(self, needed: set[int | None]) -> None:
+        """Remove the best-N/ that are not needed, and that no checkpoint goes back to."""
+        if dist.rank() == 0:
+            needed |= {read_state(path).best_step for path in checkpoints(self.output_dir)}
+            for directory in self.output_dir.glob("best-*"):
+                number = re.fullmatch(r"best-(\d+)", directory.name)
+                if number and int(number[1]) not in needed:
+                    shutil.rmtree(directory)

@@ -33,10 +33,10 @@ from srit.runs import claim_output_dir, write_run
 from srit.tokenizer import load_tokenizer
 from srit.training import (
     Optimization,
-    attach_lora,
     batches_of,
     load_for_training,
     longest_row,
+    prepare,
 )
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -69,19 +69,21 @@ def evaluate(model: Decoder, pairs: list[Pair], ref: Tensor, micro_batches: list
     """Every metric of training on held-out pairs, each pair weighing the same."""
     model.eval()
     sums = torch.zeros(len(METRICS), device=device)
-    for rows in micro_batches[dist.rank() :: dist.world_size()]:
+    own = micro_batches[dist.rank() :: dist.world_size()]
+    for rows, weight in dist.in_step(own, micro_batches[0]):
         batch = collate_pairs([pairs[i] for i in rows]).to(device)
-        sums += score(model, batch, ref[rows].flatten(), cfg)[1]
+        sums += weight * score(model, batch, ref[rows].flatten(), cfg)[1]
     model.train()
+    dist.end_scoring(model)
     means = (dist.all_reduce_sum(sums) / len(pairs)).tolist()
     return {f"eval_{name}": value for name, value in zip(METRICS, means, strict=True)}
 
 
 def main(cfg: DPOConfig) -> None:
     started = time.time()
-    device = dist.setup(cfg.device)
+    device = dist.setup(cfg.device, cfg.ddp_timeout)
     if dist.rank() == 0:
-        claim_output_dir(cfg.output_dir, "dpo", cfg, resume=cfg.resume_from_checkpoint is not None)
+        claim_output_dir(cfg.output_dir, "dpo", cfg)
     dist.barrier()
 
     tokenizer = load_tokenizer(cfg.model_name_or_path)
@@ -97,6 +99,7 @@ def main(cfg: DPOConfig) -> None:
                         for i in range(0, len(held_out), size)]
 
     reference = model_hash(model)
+    prepare(model, cfg, device)  # an adapter is zero at first: still the reference
     sizes = [pair.num_tokens for pair in train]
     units, batch_size = batches_of([pair.stream_length for pair in train], cfg)
     schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, dist.world_size(),
@@ -111,43 +114,41 @@ def main(cfg: DPOConfig) -> None:
     if held_out:
         held_ref = reference_logps(model, held_out, eval_batches[dist.rank() :: dist.world_size()],
                                    reference, Path(cfg.output_dir) / "ref_logps_eval.jsonl", device)
-    if cfg.use_peft:
-        attach_lora(model, cfg)
-
     opt = Optimization(cfg, model, config, tokenizer, schedule)
     start = opt.resume(reference)
     if dist.rank() == 0:
         print(counts, *([held_counts] if held_counts else []), sep="\n")
         print(f"{total} steps, {schedule.steps_per_epoch} an epoch")
 
-    log = MetricsLog(cfg.output_dir, start, total)
+    log = MetricsLog(cfg.output_dir, start, total, opt.state.log)
     for step in range(start, total):
         micro = [schedule.rows(step, rank, units) for rank in range(dist.world_size())]
         everyone = [i for rank in micro for rows in rank for i in rows]
         n_pairs, seen = len(everyone), sum(sizes[i] for i in everyone)
         sums = torch.zeros(len(METRICS), device=device)
-        for rows in filter(None, micro[dist.rank()]):
+        for rows, weight in opt.passes(micro):
             batch = collate_pairs([train[i] for i in rows]).to(device)
             known = ref[rows].flatten() if cfg.precompute_ref_log_probs else None
-            loss, metrics = score(model, batch, known, cfg, scale=1 / n_pairs)
+            loss, metrics = score(model, batch, known, cfg, scale=weight / n_pairs)
             loss.backward()
-            sums += metrics
+            sums += weight * metrics
         dist.all_reduce_sum(sums)
-        grad_norm = opt.step(step, sums[0], [train[i].id for i in everyone])
+        grad_norm, finite = opt.step(step, sums[0], [train[i].id for i in everyone])
         opt.state.num_tokens += seen
 
         log.add({**dict(zip(METRICS, sums, strict=True)), "grad_norm": grad_norm * n_pairs},
-                n_pairs, seen)
+                n_pairs, seen, finite)
         values = {}
         if opt.eval_due():
             values = evaluate(model, held_out, held_ref, eval_batches, cfg, device)
             opt.keep_best(values["eval_loss"])
         if opt.log_due() or values:
-            opt.check_finite()
+            opt.count_skipped()
             log.row(step + 1, {"learning_rate": opt.learning_rate(step),
                                "epoch": (step + 1) / schedule.steps_per_epoch,
-                               "num_tokens": opt.state.num_tokens, **values})
-        opt.checkpoint()
+                               "num_tokens": opt.state.num_tokens,
+                               "skipped_steps": opt.state.skipped_steps, **values})
+        opt.checkpoint(log)
     log.close()
 
     opt.export()
@@ -156,6 +157,7 @@ def main(cfg: DPOConfig) -> None:
                   steps=total, num_tokens=opt.state.num_tokens, best_step=opt.state.best_step,
                   reference=reference)
         print(f"{cfg.output_dir}: model, metrics.jsonl, run.json")
+    opt.clean()
     dist.shutdown()
 
 

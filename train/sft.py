@@ -29,10 +29,10 @@ from srit.runs import claim_output_dir, write_run
 from srit.tokenizer import load_tokenizer
 from srit.training import (
     Optimization,
-    attach_lora,
     batches_of,
     load_for_training,
     longest_row,
+    prepare,
 )
 
 METRICS = ("loss", "entropy", "mean_token_accuracy")
@@ -51,21 +51,22 @@ def evaluate(model: Decoder, examples: list[Example], batch_size: int,
     """Mean negative log-likelihood of the trained tokens, each token weighing the same."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
-    starts = range(dist.rank() * batch_size, len(examples), dist.world_size() * batch_size)
-    for start in starts:
-        batch = collate([[e.tokens] for e in examples[start : start + batch_size]]).to(device)
-        total[0] -= token_logps(model, batch).sum()
-        total[1] += len(batch.targets)
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    for some, weight in dist.in_step(batches[dist.rank() :: dist.world_size()], batches[0]):
+        batch = collate([[e.tokens] for e in some]).to(device)
+        total[0] -= weight * token_logps(model, batch).sum()
+        total[1] += weight * len(batch.targets)
     nll, tokens = dist.all_reduce_sum(total).tolist()
     model.train()
+    dist.end_scoring(model)
     return nll / tokens
 
 
 def main(cfg: SFTConfig) -> None:
     started = time.time()
-    device = dist.setup(cfg.device)
+    device = dist.setup(cfg.device, cfg.ddp_timeout)
     if dist.rank() == 0:
-        claim_output_dir(cfg.output_dir, "sft", cfg, resume=cfg.resume_from_checkpoint is not None)
+        claim_output_dir(cfg.output_dir, "sft", cfg)
     dist.barrier()
 
     tokenizer = load_tokenizer(cfg.model_name_or_path)
@@ -78,8 +79,7 @@ def main(cfg: SFTConfig) -> None:
         held_out, held_counts = read_sft(cfg.eval_file, tokenizer, max_length, cfg.prompt_style,
                                          cfg.filter_demos)
         held_counts.name = "evaluation demonstrations"
-    if cfg.use_peft:
-        attach_lora(model, cfg)
+    prepare(model, cfg, device)
 
     lengths = [len(e.tokens.ids) for e in train]
     trained = [sum(e.tokens.mask[1:]) for e in train]
@@ -93,33 +93,34 @@ def main(cfg: SFTConfig) -> None:
         print(f"{opt.total} steps, {schedule.steps_per_epoch} an epoch, {sum(lengths):,} tokens, "
               f"{sum(trained):,} of them trained")
 
-    log = MetricsLog(cfg.output_dir, start, opt.total)
+    log = MetricsLog(cfg.output_dir, start, opt.total, opt.state.log)
     for step in range(start, opt.total):
         micro = [schedule.rows(step, rank, units) for rank in range(dist.world_size())]
         everyone = [i for rank in micro for rows in rank for i in rows]
         n_trained, seen = sum(trained[i] for i in everyone), sum(lengths[i] for i in everyone)
         sums = torch.zeros(len(METRICS), device=device)
-        for rows in filter(None, micro[dist.rank()]):
+        for rows, weight in opt.passes(micro):
             batch = collate([[train[i].tokens] for i in rows]).to(device)
-            loss, metrics = score(model, batch, 1 / n_trained)
+            loss, metrics = score(model, batch, weight / n_trained)
             loss.backward()
-            sums += metrics
+            sums += weight * metrics
         dist.all_reduce_sum(sums)
-        grad_norm = opt.step(step, sums[0], [train[i].id for i in everyone])
+        grad_norm, finite = opt.step(step, sums[0], [train[i].id for i in everyone])
         opt.state.num_tokens += seen
 
         log.add({**dict(zip(METRICS, sums, strict=True)), "grad_norm": grad_norm * n_trained},
-                n_trained, seen)
+                n_trained, seen, finite)
         values = {}
         if opt.eval_due():
             values["eval_loss"] = evaluate(model, held_out, cfg.per_device_eval_batch_size, device)
             opt.keep_best(values["eval_loss"])
         if opt.log_due() or values:
-            opt.check_finite()
+            opt.count_skipped()
             log.row(step + 1, {"learning_rate": opt.learning_rate(step),
                                "epoch": (step + 1) / schedule.steps_per_epoch,
-                               "num_tokens": opt.state.num_tokens, **values})
-        opt.checkpoint()
+                               "num_tokens": opt.state.num_tokens,
+                               "skipped_steps": opt.state.skipped_steps, **values})
+        opt.checkpoint(log)
     log.close()
 
     opt.export()
@@ -127,6 +128,7 @@ def main(cfg: SFTConfig) -> None:
         write_run(cfg.output_dir, "sft", cfg, [c for c in (counts, held_counts) if c], started,
                   steps=opt.total, num_tokens=opt.state.num_tokens, best_step=opt.state.best_step)
         print(f"{cfg.output_dir}: model, metrics.jsonl, run.json")
+    opt.clean()
     dist.shutdown()
 
 
