@@ -74,3 +74,11 @@ def rename_over(directory: Path, path: Path) -> None:
     else:
         os.rename(directory, path)
     _fsync_dir(path.parent)
+
+
+def remove(path: Path) -> None:
+    """A file, or a directory with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

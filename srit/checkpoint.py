@@ -211,8 +211,6 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
         return path
     step = -1
     if dist.rank() == 0:
-        for stale in output_dir.glob(".checkpoint-*.tmp"):  # of a run that was killed while saving
-            shutil.rmtree(stale)
         for path in reversed(checkpoints(output_dir)):
             problem = damage(path)
             if problem is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from srit.models.files import InputError, atomic_write
+from srit.models.files import InputError, atomic_write, remove
 from srit.records import Counts
 
 # These may differ between the start of a run and its continuation: they do not change its rows.
@@ -57,6 +57,8 @@ def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
     if run is not None and cfg.overwrite_output_dir:
         shutil.rmtree(output_dir)
         run = None
+    for stale in (*output_dir.glob(".*.tmp"), *output_dir.glob(".*.old")):
+        remove(stale)  # what a killed run had begun to write
     other = "choose another --output_dir, or --overwrite_output_dir True"
     if run is None:
         for name in ARTEFACTS:

@@ -66,7 +66,7 @@ def one_process(files, tmp_path_factory):
 def assert_same_run(stage, one, many, tolerance=1e-6):
     assert len(metrics(one)) == len(metrics(many))
     for a, b in zip(metrics(one), metrics(many), strict=True):
-        for name in KEYS[stage]:
+        for name in a.keys() & set(KEYS[stage]):
             assert a.get(name) == pytest.approx(b.get(name), rel=tolerance, abs=1e-7), name
     assert_same_weights(one, many, tolerance)
 
@@ -78,6 +78,7 @@ def assert_same_weights(one, many, tolerance=1e-6):
         assert (a[name] - b[name]).norm() <= tolerance * a[name].norm(), name
 
 
+# A2 and A12 of the peers' bugs among them.
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("parallel,ranks", [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
 def test_n_ranks_are_one(files, one_process, tmp_path, stage, parallel, ranks):
@@ -90,7 +91,7 @@ def test_an_adapter_on_two_ranks(files, one_process, tmp_path, stage, parallel):
     settings = {"use_peft": True, "lora_r": 3, "learning_rate": 1e-2}  # 3 rows do not halve
     one = one_process(stage, **settings)
     two = train(files, stage, tmp_path / "two", 2, parallel=parallel, **settings)
-    assert_same_run(stage, one, two, 2e-6)
+    assert_same_run(stage, one, two)
     a, b = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (one, two))
     assert a.keys() == b.keys()
     for name in a:
@@ -104,7 +105,7 @@ def test_accumulation_checkpointing_and_the_adapter_as_reference_when_sharded(fi
     one = one_process("dpo", **settings)
     two = train(files, "dpo", tmp_path / "two", 2, parallel="fsdp", per_device_train_batch_size=1,
                 gradient_accumulation_steps=2, gradient_checkpointing=True, **settings)
-    assert_same_run("dpo", one, two, 2e-6)
+    assert_same_run("dpo", one, two)
 
 
 def test_bfloat16_sharded_follows_bfloat16_replicated(files, tmp_path):

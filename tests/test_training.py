@@ -206,30 +206,6 @@ def test_best_checkpoint_is_the_one_with_the_lowest_eval_loss(tiny, tmp_path):
         min(losses.values()), rel=1e-5)
 
 
-def test_a2_a12_two_ranks_are_one(tiny, tmp_path):
-    """torchrun with two processes: the losses, gradient norms and weights of one process."""
-    for stage, rows, cls, main in (("sft", DEMOS, SFTConfig, sft.main),
-                                   ("dpo", PAIRS, DPOConfig, dpo.main)):
-        file = write_rows(tmp_path / f"{stage}.jsonl", rows)
-        one = tmp_path / f"{stage}-one"
-        settings = {**QUIET, "max_steps": 3}
-        main(cls(str(tiny), [str(file)], str(one), per_device_train_batch_size=4, **settings))
-        two = tmp_path / f"{stage}-two"
-        words = [f"--{k}={v}" for k, v in settings.items()]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-             "--standalone", "-m", f"srit.train.{stage}", "--model_name_or_path",
-             str(tiny), "--train_file", str(file), "--output_dir", str(two),
-             "--per_device_train_batch_size", "2", *words],
-            capture_output=True, text=True, cwd="/",
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
-        assert done.returncode == 0, done.stderr
-        for a, b in zip(metrics(one), metrics(two), strict=True):
-            for name in ("loss", "grad_norm", "num_tokens"):
-                assert a[name] == pytest.approx(b[name], rel=1e-5), (stage, name)
-        assert_same_weights(one, two, 2e-5)
-
-
 def test_output_dir_of_another_run_is_left_alone(tiny, tmp_path):
     out = run_sft(tiny, tmp_path, "out", max_steps=1)
     before = (out / "model.safetensors").read_bytes()

@@ -1,0 +1,350 @@
+"""Bad days: what goes wrong from outside, and what a run makes of it."""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import demo, metrics, pair, question, tiny_checkpoint, write_rows
+
+from srit import stop
+from srit.config import DPOConfig, SampleConfig, SFTConfig
+from srit.models.files import InputError
+from srit.train import dpo, sample, sft
+
+LOOP = dict(dtype="float32", device="cpu", max_length=256, learning_rate=1e-3, logging_steps=1,
+            lr_scheduler_type="constant", per_device_train_batch_size=2, max_steps=6, save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for name, make in (("sft", demo), ("dpo", pair), ("sample", question)):
+        write_rows(folder / f"{name}.jsonl", [make(i, i % 7 + 1, (i * 3) % 11) for i in range(5)])
+    return folder
+
+
+def start(stage, tiny, rows, out, **settings):
+    """Run a stage in this process."""
+    file = [str(rows / f"{stage}.jsonl")]
+    if stage == "sample":
+        sample.main(SampleConfig(str(tiny), str(out), train_file=file, dtype="float32", device="cpu",
+                                 num_samples=3, temperature=1.0, max_new_tokens=8,
+                                 per_device_batch_size=2, **settings))
+    else:
+        cls, main = (SFTConfig, sft.main) if stage == "sft" else (DPOConfig, dpo.main)
+        main(cls(str(tiny), file, str(out), **{**LOOP, **settings}))
+
+
+def command(stage, tiny, rows, out, **settings):
+    words = [f"--{k}={v}" for k, v in {**LOOP, **settings}.items()]
+    return [sys.executable, "-m", f"srit.train.{stage}", "--model_name_or_path", str(tiny),
+            "--train_file", str(rows / f"{stage}.jsonl"), "--output_dir", str(out), *words]
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def outcome(out):
+    """Weights and rows without times, or the samples."""
+    if (out / "samples.jsonl").is_file():
+        return (out / "samples.jsonl").read_bytes()
+    timed = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics(out)]
+    return (out / "model.safetensors").read_bytes(), timed
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, rows, tmp_path_factory):
+    """Undisturbed runs, by stage."""
+    folder, known = tmp_path_factory.mktemp("straight"), {}
+
+    def get(stage):
+        if stage not in known:
+            start(stage, tiny, rows, folder / stage)
+            known[stage] = outcome(folder / stage)
+        return known[stage]
+    return get
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a bit of the weights": lambda c: flip(next(c.glob("state/*"))),
+    "a truncated shard": lambda c: os.truncate(next(c.glob("state/*")), 5000),
+    "an empty shard": lambda c: os.truncate(next(c.glob("state/*")), 0),
+    "a missing shard": lambda c: next(c.glob("state/*")).unlink(),
+    "a bit of the state": lambda c: flip(c / "trainer_state.json"),
+    "no checksums": lambda c: (c / "SHA256SUMS").unlink(),
+    "checksums cut short": lambda c: os.truncate(c / "SHA256SUMS", 70),
+    "checksums not text": lambda c: (c / "SHA256SUMS").write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tiny, rows, tmp_path, straight, capsys,
+                                                             damage):
+    start("sft", tiny, rows, tmp_path, max_steps=5)
+    DAMAGE[damage](tmp_path / "checkpoint-4")
+    capsys.readouterr()
+    start("sft", tiny, rows, tmp_path)
+    said = capsys.readouterr().out
+    assert "set aside as damaged-checkpoint-4" in said and "resuming" in said
+    assert "checkpoint-2 at step 2 of 6" in said
+    assert outcome(tmp_path) == straight("sft")
+
+
+def test_when_every_checkpoint_is_damaged_the_run_starts_afresh(tiny, rows, tmp_path, straight):
+    start("sft", tiny, rows, tmp_path, max_steps=5)
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        DAMAGE["a truncated shard"](checkpoint)
+    start("sft", tiny, rows, tmp_path)
+    assert outcome(tmp_path) == straight("sft")
+    assert len(list(tmp_path.glob("damaged-*"))) == 2
+
+
+def test_a_checkpoint_named_by_hand_must_be_whole(tiny, rows, tmp_path):
+    start("sft", tiny, rows, tmp_path, max_steps=4)
+    named = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with pytest.raises(InputError, match="no checkpoint there"):
+        start("sft", tiny, rows, tmp_path, resume_from_checkpoint=str(tmp_path))
+    DAMAGE["a bit of the weights"](tmp_path / "checkpoint-2")
+    with pytest.raises(InputError, match="checkpoint-2: state/shard-.* is damaged"):
+        start("sft", tiny, rows, tmp_path, **named)
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def resum(checkpoint):
+    """Checksums for what the files hold now."""
+    lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
+    names = [line.partition("  ")[2] for line in lines]
+    done = subprocess.run(["sha256sum", *names], cwd=checkpoint, capture_output=True, text=True)
+    (checkpoint / "SHA256SUMS").write_text(done.stdout)
+
+
+def test_checksums_are_those_of_sha256sum(tiny, rows, tmp_path):
+    start("sft", tiny, rows, tmp_path, max_steps=2)
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"],
+                          cwd=tmp_path / "checkpoint-2")
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"format": 99}, "a checkpoint of format 99, this version reads format 1; go on with"),
+    ({"batch_size": 16}, "a step was 16 rows, pairs or bins, and would now be 2; adapt"),
+    ({"extra": 1}, "not a checkpoint"),
+])
+def test_a_checkpoint_of_another_kind_is_named(tiny, rows, tmp_path, change, message):
+    start("sft", tiny, rows, tmp_path, max_steps=2)
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    resum(tmp_path / "checkpoint-2")
+    with pytest.raises(InputError, match=message):
+        start("sft", tiny, rows, tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_named(tiny, rows, tmp_path):
+    start("sft", tiny, rows, tmp_path / "a", max_steps=2)
+    wide = tiny_checkpoint(tmp_path / "wide", intermediate_size=96)
+    with pytest.raises(InputError, match="of shape .*the checkpoint is another model's"):
+        start("sft", wide, rows, tmp_path / "b",
+              resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    with pytest.raises(InputError, match="the checkpoint is another model's"):
+        start("sft", tiny, rows, tmp_path / "c", use_peft=True,
+              resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "sample"])
+def test_time_is_up_again_and_again(tiny, rows, tmp_path, straight, stage):
+    """Every start does one step, or a few tokens, and ends in order; together they are one run."""
+    for attempt in range(60):
+        with stop.listening(max_time=1e-9 if stage != "sample" else 2e-4 * (attempt + 1)):
+            try:
+                start(stage, tiny, rows, tmp_path)
+                break
+            except stop.Stopped as reason:
+                assert "the same command goes on from there" in str(reason)
+    assert attempt >= (5 if stage != "sample" else 1)
+    assert outcome(tmp_path) == straight(stage)
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_status_0(tiny, rows, tmp_path, number):
+    out = tmp_path / "out"
+    settings = {"save_steps": 0, "max_steps": 100_000}
+    run = subprocess.Popen(command("sft", tiny, rows, out, **settings), env=ENV, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text())
+    run.send_signal(number)
+    said, complained = run.communicate(timeout=60)
+    assert run.returncode == 0, complained
+    step = int(re.search(r"stopped after step (\d+) of 100000; the same command goes on", said)[1])
+    assert f"{number.name}: ending after this step" in complained
+    assert (out / f"checkpoint-{step}").is_dir() and len(metrics(out)) == step
+    assert json.loads((out / "run.json").read_text())["finished"] is False
+
+
+def test_the_second_signal_ends_at_once():
+    script = ("import os, signal, time\nfrom srit import stop\nwith stop.listening():\n"
+              "    for _ in range(3):\n"
+              "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n"
+              "    assert stop.requested()\n    print('asked', flush=True)\n    time.sleep(1.1)\n"
+              "    os.kill(os.getpid(), signal.SIGTERM)\n    print('not reached')\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "asked\n" and done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_recipe_stops_with_its_stage_and_goes_on(tiny, rows, tmp_path):
+    recipe = {"model_name_or_path": str(tiny), "output_dir": str(tmp_path / "run"), "device": "cpu",
+              "data": {"demos": str(rows / "sft.jsonl"), "questions": str(rows / "sample.jsonl")},
+              "sft": {**LOOP, "max_steps": 100_000, "save_steps": 0}}
+    recipe["sft"].pop("device")
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    run = subprocess.Popen([sys.executable, "-m", "srit.cli", "run", "--config", tmp_path / "r.yaml"],
+                           env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "sft" / "metrics.jsonl"
+    wait_for(lambda: run.poll() is not None or (log.is_file() and log.read_text()))
+    run.send_signal(signal.SIGINT)
+    said, complained = run.communicate(timeout=60)
+    assert run.returncode == 0, complained
+    assert "the run stopped; the same command goes on from there" in said
+    assert list((tmp_path / "run" / "sft").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_full_disk_leaves_the_last_checkpoint_good(tiny, rows, tmp_path, straight, stage):
+    """No file may grow beyond a limit, which the kernel enforces as it does a full disk."""
+    out = tmp_path / "out"
+    start(stage, tiny, rows, out, max_steps=2)
+    (out / "run.json").write_text((out / "run.json").read_text().replace('"finished": true',
+                                                                         '"finished": false'))
+    limit = 150_000  # bytes: logs fit, a checkpoint does not
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    done = subprocess.run(command(stage, tiny, rows, out), env=ENV, text=True, preexec_fn=small,
+                          capture_output=True)
+    assert done.returncode == 1
+    assert "error:" in done.stderr and "the checkpoint could not be written" in done.stderr
+    assert "Traceback" not in done.stderr and "File too large" in done.stderr
+    assert not list(out.glob(".*")) and (out / "checkpoint-2").is_dir()
+    start(stage, tiny, rows, out)
+    assert outcome(out) == straight(stage)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_place_that_cannot_be_written(tiny, rows, tmp_path, stage):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "out", "/proc/out"):
+        done = subprocess.run(command(stage, tiny, rows, place), env=ENV, text=True,
+                              capture_output=True)
+        assert done.returncode == 1 and str(place) in done.stderr
+        assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_when_a_rank_dies_the_others_end_and_say_why(tiny, rows, tmp_path, parallel):
+    out = tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen(
+        command("sft", tiny, rows, out, max_steps=100_000, parallel=parallel, ddp_timeout=20),
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**ENV, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for i in range(2)]
+    log = out / "metrics.jsonl"
+    wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 2)
+    ranks[1].kill()
+    _, complained = ranks[0].communicate(timeout=40)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    assert "error: rank 0: another rank has died or does not answer" in complained
+    assert "Traceback" not in complained
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tiny, rows, tmp_path, monkeypatch,
+                                                               capsys):
+    calls, score = [], sft.score
+
+    def poisoned(*arguments):
+        calls.append(1)
+        loss, sums = score(*arguments)
+        return (loss * float("nan"), sums * float("nan")) if len(calls) == 3 else (loss, sums)
+    monkeypatch.setattr(sft, "score", poisoned)
+    start("sft", tiny, rows, tmp_path, logging_steps=3)
+    rows_ = metrics(tmp_path)
+    assert [row["skipped_steps"] for row in rows_] == [1, 1]
+    assert all(isinstance(row["loss"], float) for row in rows_)
+    assert all(w.isfinite().all() for w in load_file(tmp_path / "model.safetensors").values())
+    assert re.search(r"skipped step 3: loss or gradient is not finite; rows of this step: q\d",
+                     capsys.readouterr().err)
+
+
+def test_means_over_no_finite_step_are_null(tiny, rows, tmp_path, monkeypatch):
+    score = sft.score
+    monkeypatch.setattr(sft, "score", lambda *a: tuple(x * float("inf") for x in score(*a)))
+    start("sft", tiny, rows, tmp_path, max_steps=2, save_steps=0)
+    assert [row["loss"] for row in metrics(tmp_path)] == [None, None]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_log_line_torn_by_a_kill_is_cut(tiny, rows, tmp_path, straight):
+    start("sft", tiny, rows, tmp_path, max_steps=5)
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')
+    start("sft", tiny, rows, tmp_path)
+    assert outcome(tmp_path) == straight("sft")
+
+
+@pytest.mark.parametrize("stage", ["sft", "sample"])
+def test_lines_of_ten_megabytes_are_rows_like_others(tiny, rows, tmp_path, stage):
+    huge = {**demo(9, 1, 2), "question": "Tom has 3 apples. " * 600_000}
+    write_rows(tmp_path / f"{stage}.jsonl", [huge, demo(0, 1, 2)])
+    start(stage, tiny, tmp_path, tmp_path / "out")
+    counts = json.loads((tmp_path / "out" / "run.json").read_text())["counts"]
+    (only,) = counts.values()
+    assert only["dropped"] and sum(only["dropped"].values()) + only["used"] == only["in"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, rows, tmp_path):
+    small = tiny_checkpoint(tmp_path / "small", vocab_size=64)
+    for stage in ("sft", "dpo", "sample"):
+        with pytest.raises(InputError, match="tokens, the model only 64; they do not belong"):
+            start(stage, small, rows, tmp_path / stage)
+
+
+def test_torch_reads_nothing_from_pickles(tiny, rows, tmp_path, monkeypatch):
+    """Neither pickle nor torch.load is entered while a checkpoint is written and read."""
+    import pickle
+
+    def refuse(*_, **__):
+        raise AssertionError("a pickle")
+    start("sft", tiny, rows, tmp_path, max_steps=4)
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "dump"), (torch, "load"),
+                        (torch, "save"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    start("sft", tiny, rows, tmp_path)
