@@ -1,20 +1,16 @@
 """The checkpoint's own tokenizer and chat template, and what they say about BOS, EOS and stops.
 
-tokenizer.json is run by the `tokenizers` library, the chat template by jinja2 in a sandbox.
+tokenizer.json is run by the `tokenizers` library, the chat template by jinja2 (chat_template.py).
 """
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from srit import chat_template
 from srit.models.files import InputError, atomic_write
 from srit.models.load import resolve
 
@@ -41,16 +37,6 @@ DEFAULT_TEMPLATE = """\
 """
 SENTINEL = "\u241f"
 KEPT_SETTINGS = ("unk_token", "model_max_length")
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for other trainers; nothing is done here."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Tokenizer:
@@ -111,33 +97,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        def fail(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
-        environment.globals["raise_exception"] = fail
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        # Jinja's own tojson escapes HTML
-        environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-            value, ensure_ascii=ensure_ascii, **options)
-        return environment.from_string(self.chat_template)
-
     def apply_chat_template(self, messages: Sequence[dict[str, str]],
                             add_generation_prompt: bool) -> str:
         """The conversation as text. Raises InputError with the template's own complaint."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: self.settings[name] for name in names if self.settings.get(name)}
         tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+        variables = {"messages": list(messages), "tools": None, "documents": None,
+                     "add_generation_prompt": add_generation_prompt, **tokens}
         try:
-            return self._template.render(messages=list(messages), tools=None, documents=None,
-                                         add_generation_prompt=add_generation_prompt, **tokens)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self.source}: chat template: {error}") from None
-        except Exception as error:  # whatever the template's code does wrong is the checkpoint's
-            raise InputError(f"{self.source}: chat template failed: {error!r}") from None
+            return chat_template.render(self.chat_template, variables)
+        except InputError as error:
+            raise InputError(f"{self.source}: {error}") from None
 
     def save(self, directory: str | Path) -> None:
         """Write the files that transformers and vLLM read, generation_config.json among them."""

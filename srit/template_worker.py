@@ -1,0 +1,71 @@
+"""Runs chat templates, which are programs from a checkpoint, with little to break: by chat_template.py.
+
+A file of its own, started with `python -I`, that imports nothing of this project. A line of JSON in,
+{"template", "variables"}; a line out, {"text"} or {"error"}. Jinja's sandbox keeps a template from
+attributes, files and the interpreter; the limit on memory keeps it from filling the machine.
+"""
+
+import json
+import sys
+from datetime import datetime
+from functools import lru_cache
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for other trainers; nothing is done here."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _fail(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@lru_cache
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
+    environment.globals["raise_exception"] = _fail
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # Jinja's own tojson escapes HTML
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options)
+    return environment.from_string(template)
+
+
+def answer(request: dict, max_characters: int) -> dict[str, str]:
+    try:
+        text = _compile(request["template"]).render(request["variables"])
+    except jinja2.TemplateError as error:
+        return {"error": f"chat template: {error}"}
+    except MemoryError:
+        return {"error": "chat template failed: it needs too much memory"}
+    except Exception as error:  # whatever the template's code does wrong is the checkpoint's
+        return {"error": f"chat template failed: {error!r}"[:1000]}
+    if len(text) > max_characters:
+        return {"error": f"chat template: {len(text):,} characters, the limit is {max_characters:,}"}
+    return {"text": text}
+
+
+def main(memory: int, max_characters: int) -> None:
+    try:
+        import resource
+    except ImportError:  # not Linux: no limit on memory
+        pass
+    else:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line), max_characters)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
