@@ -99,9 +99,9 @@ def run_srit(args: argparse.Namespace, rows: Path, checkpointing: bool) -> tuple
     times, step = [], training.Optimization.step
 
     def timed(self, *arguments):
-        norm = step(self, *arguments)
+        norm, finite = step(self, *arguments)
         times.append((norm.item(), time.perf_counter())[1])  # waits for the device
-        return norm
+        return norm, finite
 
     training.Optimization.step = timed
     config, main = (DPOConfig, dpo.main) if args.stage[0] == "dpo" else (SFTConfig, sft.main)

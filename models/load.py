@@ -37,7 +37,10 @@ def resolve(name: str | Path) -> Path:
         if spec is None or not spec.submodule_search_locations:
             raise InputError(f"{name}: no package '{package}' is installed; "
                              f"pip install --no-deps {package.replace('_', '-')}")
-        path = Path(next(iter(spec.submodule_search_locations)), file)
+        home = Path(next(iter(spec.submodule_search_locations))).resolve()
+        path = (home / file).resolve()
+        if not path.is_relative_to(home):
+            raise InputError(f"{name}: lies outside the package")
         if not path.is_file():
             raise InputError(f"{name}: the package has no such file")
         return path

@@ -14,6 +14,7 @@ COMMANDS = {
     "pair": ("phase 2: preference pairs from graded answers", "srit.train.pair", "PairConfig"),
     "dpo": ("phase 2: self-refine on the pairs", "srit.train.dpo", "DPOConfig"),
     "eval": ("accuracy on questions with ground truth", "srit.train.eval", "EvalConfig"),
+    "plan": ("memory and traffic of a training step, before it runs", "srit.plan", "PlanConfig"),
     "convert": ("GGUF, hub id or adapter to a Hugging Face directory", "srit.convert",
                 "ConvertConfig"),
 }
