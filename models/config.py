@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+MAX_LAYERS = 4096
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -66,48 +67,51 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
         """Read the keys of a Hugging Face config. Raises InputError for what is not supported."""
-        if raw.get("model_type") == "gemma3" and "text_config" in raw:
+        if raw.get("model_type") == "gemma3" and isinstance(raw.get("text_config"), dict):
             raw = {**raw["text_config"], "model_type": "gemma3_text"}
         kind = raw.get("model_type")
-        if kind not in ARCHITECTURES:
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
             raise InputError(f"{source}: model_type {kind!r} is not supported; "
                              f"supported are {', '.join(ARCHITECTURES)}")
         keys = _Keys(raw, source)
         gemma = kind == "gemma3_text"
         hidden, heads = keys("hidden_size"), keys("num_attention_heads")
-        kv_heads = raw.get("num_key_value_heads") or heads
-        head_dim = raw.get("head_dim") or (256 if gemma else hidden // heads)
+        kv_heads = keys("num_key_value_heads", heads)
+        head_dim = keys("head_dim", 256 if gemma else hidden // heads)
+        if head_dim % 2:
+            raise InputError(f"{source}: head_dim {head_dim} must be even, for rotary embeddings")
         if heads % kv_heads:
             raise InputError(f"{source}: num_attention_heads {heads} is no multiple of "
                              f"num_key_value_heads {kv_heads}")
         activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise InputError(f"{source}: activation {activation!r} is not supported")
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if raw.get(key):
                 raise InputError(f"{source}: {key} is not supported")
         bias = bool(raw.get("attention_bias", False))
-        rope, local_rope = _ropes(raw, gemma, source)
+        rope, local_rope = _ropes(keys, gemma)
+        query_scale = keys.number("query_pre_attn_scalar", 256) if gemma else head_dim
         return cls(
             model_type=kind,
             vocab_size=keys("vocab_size"),
             hidden_size=hidden,
             intermediate_size=keys("intermediate_size"),
-            num_hidden_layers=keys("num_hidden_layers"),
+            num_hidden_layers=keys("num_hidden_layers", limit=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=raw.get("max_position_embeddings", 131072 if gemma else 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=keys("max_position_embeddings", 131072 if gemma else 2048),
+            rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
             activation=ACTIVATIONS[activation],
             qkv_bias=bias or kind == "qwen2",
             o_bias=bias and kind != "qwen2",
             mlp_bias=bool(raw.get("mlp_bias", False)),
-            attention_scale=(raw.get("query_pre_attn_scalar", 256) if gemma else head_dim) ** -0.5,
+            attention_scale=query_scale**-0.5,
             rope=rope,
             local_rope=local_rope,
-            windows=_windows(raw, kind),
+            windows=_windows(keys, kind),
             raw=dict(raw),
         )
 
@@ -118,51 +122,73 @@ class ModelConfig:
 
 
 class _Keys:
+    """The values of a config, checked as they are read; a missing one, or null, is the default."""
+
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
 
-    def __call__(self, key: str) -> int:
+    def __call__(self, key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
         value = self.raw.get(key)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{self.source}: {key} must be a positive integer, got {value!r}")
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise InputError(f"{self.source}: {key} must be an integer from 1 to {limit}, "
+                             f"got {value!r:.80}")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**63:
+            raise InputError(f"{self.source}: {key} must be a positive number, got {value!r:.80}")
+        return value
 
-def _ropes(raw: Mapping[str, Any], gemma: bool, source: str) -> tuple[Rope, Rope]:
+    def section(self, key: str) -> "_Keys":
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise InputError(f"{self.source}: {key} must be an object, got {value!r:.80}")
+        return _Keys(value or {}, f"{self.source}: {key}")
+
+
+def _ropes(keys: _Keys, gemma: bool) -> tuple[Rope, Rope]:
     """Old layout: rope_theta and rope_scaling; new: rope_parameters, in Gemma 3 one per layer type."""
-    parameters = raw.get("rope_parameters") or {}
-    if "full_attention" in parameters or "sliding_attention" in parameters:
-        full = _rope(parameters.get("full_attention") or {}, 1e6, source)
-        return full, _rope(parameters.get("sliding_attention") or {}, 1e4, source)
-    scaling = {**(raw.get("rope_scaling") or {}), **parameters}
-    theta = raw.get("rope_theta", 1e6 if gemma else 1e4)
-    rope = _rope(scaling, theta, source)
-    return rope, Rope(raw.get("rope_local_base_freq", 1e4)) if gemma else rope
+    parameters = keys.section("rope_parameters")
+    if "full_attention" in parameters.raw or "sliding_attention" in parameters.raw:
+        return (_rope(parameters.section("full_attention"), 1e6),
+                _rope(parameters.section("sliding_attention"), 1e4))
+    scaling = {**keys.section("rope_scaling").raw, **parameters.raw}
+    rope = _rope(_Keys(scaling, keys.source), keys.number("rope_theta", 1e6 if gemma else 1e4))
+    return rope, Rope(keys.number("rope_local_base_freq", 1e4)) if gemma else rope
 
 
-def _rope(values: Mapping[str, Any], theta: float, source: str) -> Rope:
-    kind = values.get("rope_type") or values.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise InputError(f"{source}: rope type {kind!r} is not supported; "
+def _rope(keys: _Keys, theta: float) -> Rope:
+    kind = keys.raw.get("rope_type") or keys.raw.get("type") or "default"
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise InputError(f"{keys.source}: rope type {kind!r} is not supported; "
                          f"supported are {', '.join(ROPE_TYPES)}")
-    known = {k: values[k] for k in Rope.__dataclass_fields__ if values.get(k) is not None}
-    return Rope(**{**known, "theta": values.get("rope_theta", theta), "rope_type": kind})
+    known = {k: keys.number(k, 1.0) for k in Rope.__dataclass_fields__
+             if keys.raw.get(k) is not None and k not in ("theta", "rope_type")}
+    return Rope(**{**known, "theta": keys.number("rope_theta", theta), "rope_type": kind})
 
 
-def _windows(raw: Mapping[str, Any], kind: str) -> tuple[int | None, ...]:
-    layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    if kind in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
-        window = None
-    if kind == "llama" or window is None:
+def _windows(keys: _Keys, kind: str) -> tuple[int | None, ...]:
+    raw, layers = keys.raw, keys("num_hidden_layers")
+    unused = kind == "llama" or (kind in ("qwen2", "qwen3") and not raw.get("use_sliding_window"))
+    if unused or raw.get("sliding_window") is None:
         return (None,) * layers
+    window = keys("sliding_window")
     types = raw.get("layer_types")
     if types is None and kind == "gemma3_text":
-        every = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
+        every = keys("sliding_window_pattern", raw.get("_sliding_window_pattern") or 6)
         types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention"
                  for i in range(layers)]
     elif types is None and kind in ("qwen2", "qwen3"):
-        full = raw.get("max_window_layers", layers)
+        # 0 is a value here: no layer has full attention
+        full = layers if raw.get("max_window_layers") is None else raw["max_window_layers"]
+        if not isinstance(full, int):
+            raise InputError(f"{keys.source}: max_window_layers must be an integer, got {full!r:.80}")
         types = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     if types is None:  # Mistral: every layer
         return (window,) * layers
+    if not isinstance(types, list) or len(types) != layers:
+        raise InputError(f"{keys.source}: layer_types must name each of the {layers} layers")
     return tuple(window if t == "sliding_attention" else None for t in types)

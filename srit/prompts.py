@@ -131,6 +131,8 @@ def _without_end(tokenizer: Tokenizer, text: str, plain: bool = False) -> str:
 
 
 def _messages(messages: Sequence[Message]) -> list[Message]:
+    if not isinstance(messages, list | tuple):
+        raise InputError(f"expected a string or a list of messages, got {messages!r:.80}")
     messages = list(messages)
     if not messages:
         raise InputError("the prompt has no message")

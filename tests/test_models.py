@@ -225,7 +225,7 @@ def edit_config(directory, **changes):
     (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}),
      "rope type 'yarn' is not supported"),
     (lambda d: edit_config(d, hidden_act="relu"), "activation 'relu'"),
-    (lambda d: edit_config(d, vocab_size=None), "vocab_size must be a positive integer"),
+    (lambda d: edit_config(d, vocab_size=None), "vocab_size must be an integer from 1"),
     (lambda d: edit_config(d, num_hidden_layers=4), r"missing tensor model\.layers\.3"),
     (lambda d: edit_config(d, num_hidden_layers=2), r"unexpected tensor model\.layers\.2"),
     (lambda d: edit_config(d, intermediate_size=81),
