@@ -16,8 +16,8 @@ from srit.checkpoint import damage
 from srit.config import DPOConfig, SampleConfig, SFTConfig, parse
 from srit.models import ModelConfig, load_model
 from srit.models.files import InputError
-from srit.records import read_demos, read_questions
 from srit.recipe import read_recipe
+from srit.records import read_demos, read_questions
 from srit.rows import read_pairs, read_sft
 from srit.tokenizer import load_tokenizer
 
