@@ -226,12 +226,12 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
 def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file is what its checksum says."""
     try:
-        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = (directory / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         for line in lines:
             digest, _, name = line.partition("  ")
             if _sha256(directory / name) != digest:
                 return f"{name} is damaged (its SHA-256 is another)"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, a null in a name
         return f"incomplete or unreadable ({error})"
     return None if any(line.endswith("  trainer_state.json") for line in lines) else f"{SUMS} is cut"
 
