@@ -125,7 +125,7 @@ def main() -> None:
         make_checkpoint(folder / "model", args.shape)
         config = read_shape(str(folder / "model"))
         for stage in ("sft", "dpo"):
-            rows = make_rows(stage, 6 * args.rows, config.vocab_size)
+            rows = make_rows(stage, 12 * args.rows, config.vocab_size)
             (folder / f"{stage}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for case, (stage, settings, ranks) in enumerate(CASES):
             found = measure(case, folder, args.rows)

@@ -10,10 +10,11 @@ dtype, R ranks:
   cast               in bf16 the blocks' cast weights, which autograd keeps (not with FSDP, which
                      gathers them cast; with checkpointing one block's)
   head               its float32 gradient, made in the forward, 4 V D, and a chunk of logits
-  gathered           with FSDP embedding and head, two blocks, and their gradients
+  gathered           with FSDP embedding and head, in the gather's buffer and copied out of it, two
+                     blocks, and a block's gradients
 
 The peak is at the end of the forward (kept + head) or at the end of the backward (all gradients, and
-the tied head's beside the embedding's), whichever is more; a fifth is added for what has no formula.
+the tied head's beside the embedding's), whichever is more; an eighth is added for what has no formula.
 docs/scaling.md compares it with measured steps.
 """
 
@@ -31,8 +32,8 @@ from srit.models.load import read_config, resolve
 from srit.models.lora import add_lora
 
 GIB = 2**30
-CONTEXT = 0.8  # GiB that CUDA and its libraries take
-WASTE = 0.2  # temporary tensors, libraries, holes in the heap: of the rest, as measured on a CPU
+CONTEXT = {"cuda": 0.8, "cpu": 0.17}  # GiB that the libraries take, and the tokenizer
+WASTE = 1 / 8  # temporary tensors and holes in the heap: of the rest, as measured on a CPU
 # Published shapes, for planning without a download.
 SHAPES = {
     name: dict(model_type="llama", hidden_act="silu", max_position_embeddings=8192, rms_norm_eps=1e-5,
@@ -80,7 +81,7 @@ class PlanConfig:
     tflops: float = 400.0
     """TFLOP/s that one GPU reaches in matrix products."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """On a CPU there is no CUDA context, and the chunk of logits is smaller."""
+    """On a CPU the libraries take less, and the chunk of logits is smaller."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tokens", "gradient_accumulation_steps", "lora_r"):
@@ -103,8 +104,8 @@ class Plan:
     cast: float = field(metadata={"text": "cast weights"})
     head: float = field(metadata={"text": "head: gradient and a chunk of logits"})
     gathered: float = field(metadata={"text": "gathered by FSDP"})
-    waste: float = field(metadata={"text": "temporary tensors and holes, a fifth"})
-    context: float = field(metadata={"text": "CUDA context"})
+    waste: float = field(metadata={"text": "temporary tensors and holes, an eighth"})
+    context: float = field(metadata={"text": "libraries"})
     peak: float = field(metadata={"text": "peak"})
     sent: float = field(metadata={"text": ""})
     compute_seconds: float = field(metadata={"text": ""})
@@ -145,11 +146,11 @@ def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
     weights, moments, gradients = 4 * P / R, 8 * trained / R, 4 * trained / R
     gathered = 0.0
     if sharded:
-        gathered = s * (outside + 2 * block) + (0 if cfg.use_peft else s * block)
+        gathered = s * (2 * outside + 2 * block) + (0 if cfg.use_peft else s * block)
     before = gradients if cfg.gradient_accumulation_steps > 1 else 0
     end_of_forward = before + kept + cast + head_gradient + chunk
     end_of_backward = gradients + head_gradient
-    context = CONTEXT * GIB if cfg.device == "cuda" else 0.0
+    context = CONTEXT[cfg.device] * GIB
     live = weights + moments + gathered + max(end_of_forward, end_of_backward)
     peak = (1 + WASTE) * live + context
 

@@ -207,6 +207,19 @@ def test_a_signal_saves_and_ends_with_status_0(tiny, rows, tmp_path, number):
     assert json.loads((out / "run.json").read_text())["finished"] is False
 
 
+def test_a_signal_to_torchrun_stops_all_ranks_at_one_step(tiny, rows, tmp_path):
+    out = tmp_path / "out"
+    words = command("sft", tiny, rows, out, save_steps=0, max_steps=100_000)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.Popen([words[0], *launch, *words[1:]], env=ENV, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text())
+    run.send_signal(signal.SIGTERM)
+    said, complained = run.communicate(timeout=60)
+    step = int(re.search(r"stopped after step (\d+) of 100000", said + complained)[1])
+    assert (out / f"checkpoint-{step}").is_dir() and len(metrics(out)) == step
+
+
 def test_the_second_signal_ends_at_once():
     script = ("import os, signal, time\nfrom srit import stop\nwith stop.listening():\n"
               "    for _ in range(3):\n"

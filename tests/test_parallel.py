@@ -121,7 +121,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(files, one_process, tmp_path
     """Stopped at step 3 of 5, at a checkpoint that all ranks wrote a part of."""
     out = tmp_path / "out"
     mode = {ranks: parallel if ranks > 1 else "ddp" for ranks in (first, then)}
-    train(files, "sft", out, first, parallel=mode[first], max_steps=3, save_steps=3)
+    train(files, "sft", out, first, parallel=mode[first], max_steps=3, save_steps=3,
+          async_save=parallel == "fsdp")
     assert len(list((out / "checkpoint-3" / "state").glob("*.safetensors"))) == first
     train(files, "sft", out, then, parallel=mode[then])
     assert_same_weights(one_process("sft"), out)
