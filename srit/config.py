@@ -221,6 +221,8 @@ class GenerateConfig:
     """Longest completion."""
     per_device_batch_size: int = 64
     """Sequences decoded together."""
+    max_cache_memory: float = 0.0
+    """GiB for keys and values, which may mean fewer sequences together; 0: no limit."""
     max_time: float = 0.0
     """Minutes after which the run ends, to be continued; 0: no limit."""
     limit: int | None = None
@@ -231,6 +233,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "per_device_batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("max_cache_memory", "max_time"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")

@@ -115,6 +115,7 @@ def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
 
         generate(model, requests, stop_ids=tokenizer.stop_ids, on_finish=write,
                  max_new_tokens=cfg.max_new_tokens, slots=cfg.per_device_batch_size,
+                 cache_bytes=int(cfg.max_cache_memory * 2**30) or None,
                  temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
                  repetition_penalty=cfg.repetition_penalty, stop_strings=cfg.stop_strings,
                  decode=tokenizer.decode, return_logps=cfg.return_logps,

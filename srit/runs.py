@@ -19,7 +19,7 @@ CHANGEABLE = {
     "output_dir", "device", "overwrite_output_dir", "resume_from_checkpoint", "max_steps",
     "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "per_device_batch_size", "max_time", "max_skipped_steps",
-    "async_save", "parallel", "ddp_timeout",
+    "async_save", "parallel", "ddp_timeout", "max_cache_memory",
 }
 # These as well, when the product with the number of ranks stays: a checkpoint is checked for that.
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}

@@ -28,15 +28,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from srit.models import Decoder
-from srit.models.cache import KVCache
+from srit.models.cache import STRIDE, KVCache
 from srit.models.files import InputError
 
 ROW_MULTIPLE = 8
+CDF_BLOCK = 256
 NUCLEUS = 256  # likeliest tokens looked at before a row's whole vocabulary is sorted for top_p
-PREFILL_TOKENS = 16384  # of one prefill on a GPU
+PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # of one forward pass of a prefill
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,29 @@ def _draw(probs: Tensor, uniforms: Tensor, top_p: float, min_p: float) -> Tensor
     """
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    if top_p == 1 and probs.shape[-1] > CDF_BLOCK:
+        return _draw_in_blocks(probs, uniforms)
     cdf = probs.cumsum(-1, dtype=torch.float64)
     mass = cdf[:, -1:]
     if top_p < 1:
         mass = cdf.gather(-1, (cdf[:, :-1] < top_p).sum(-1, keepdim=True))
     return torch.searchsorted(cdf, uniforms[:, None] * mass, right=True)[:, 0]
+
+
+def _draw_in_blocks(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The same, first among blocks, then in one: a sum of a vocabulary is faster than its CDF."""
+    short = -probs.shape[-1] % CDF_BLOCK
+    blocks = (F.pad(probs, (0, short)) if short else probs).unflatten(-1, (-1, CDF_BLOCK))
+    outer = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (n, blocks)
+    wanted = uniforms[:, None] * outer[:, -1:]
+    block = torch.searchsorted(outer, wanted, right=True)
+    wanted = wanted - F.pad(outer, (1, 0)).gather(-1, block)
+    own = blocks[torch.arange(len(blocks), device=probs.device), block[:, 0]]  # (n, CDF_BLOCK)
+    inner = own.cumsum(-1, dtype=torch.float64)
+    # Summed in another order, the block may end a bit lower: the last token with any mass, then.
+    below = torch.nextafter(inner[:, -1:], torch.zeros_like(wanted))
+    at = torch.searchsorted(inner, torch.minimum(wanted, below), right=True)
+    return (block * CDF_BLOCK + at)[:, 0]
 
 
 def pick(logits: Tensor, uniforms: Tensor, temperature: float = 0.0, top_k: int = 0,
@@ -192,19 +212,22 @@ class _Slots:
             self.cache.lengths.fill_(len(prefix))
 
     def _prefill(self, sequences: list[Sequence[int]], row: int, start: int) -> None:
-        """Write tokens `start` and later of every sequence to the cache slots from `row` on."""
+        """Write tokens `start` and later of every sequence to the cache slots from `row` on.
+
+        A long prompt is read in parts, so that its activations stay small.
+        """
         device = self.tokens.device
+        budget = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
         group = 1
         if device.type == "cuda" and sequences:
-            group = max(1, PREFILL_TOKENS // (max(map(len, sequences)) + 1))
+            group = max(1, budget // (max(map(len, sequences)) + 1))
         for at in range(0, len(sequences), group):
             part = sequences[at : at + group]
             width = max(map(len, part)) - start
-            if width == 0:
-                continue
             ids = [[*s[start:], *[0] * (width + start - len(s))] for s in part]
-            self.model.hidden(torch.tensor(ids, device=device), cache=self.cache,
-                              rows=slice(row + at, row + at + len(part)))
+            for tokens in torch.tensor(ids, device=device).split(budget, 1) if width else ():
+                self.model.hidden(tokens, cache=self.cache,
+                                  rows=slice(row + at, row + at + len(part)))
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Put each request behind the active rows, with all but its last prompt token cached."""
@@ -284,11 +307,26 @@ class _Slots:
         self.requests.pop()
 
 
+def slots_that_fit(model: Decoder, length: int, cache_bytes: int) -> int:
+    """Cache slots of `length` tokens in `cache_bytes`; a multiple of ROW_MULTIPLE is allocated."""
+    config, width = model.config, model.compute_dtype.itemsize
+    positions = -(-length // STRIDE) * STRIDE
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
+    slot = token * positions
+    slots = cache_bytes // (slot * ROW_MULTIPLE) * ROW_MULTIPLE
+    if slots < 1:
+        raise InputError(f"a cache of {cache_bytes / 2**30:.2f} GiB has no room for {ROW_MULTIPLE} "
+                         f"sequences of {length} tokens, which take {slot * ROW_MULTIPLE / 2**30:.2f} "
+                         "GiB; raise --max_cache_memory or lower --max_new_tokens")
+    return slots
+
+
 @torch.inference_mode()
 def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collection[int],
-             max_new_tokens: int, slots: int = 32, temperature: float = 0.0, top_p: float = 1.0,
-             top_k: int = 0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-             stop_strings: Sequence[str] = (), decode: Callable[[Sequence[int]], str] | None = None,
+             max_new_tokens: int, slots: int = 32, cache_bytes: int | None = None,
+             temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
+             repetition_penalty: float = 1.0, stop_strings: Sequence[str] = (),
+             decode: Callable[[Sequence[int]], str] | None = None,
              return_logps: bool = False, prefix: int | None = None,
              on_finish: Callable[[Request, Result], None] | None = None,
              should_stop: Callable[[], bool] = lambda: False) -> dict[Hashable, Result]:
@@ -297,10 +335,12 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
     When `should_stop` is true, asked at every step, those that have ended until then are all.
 
     `stop_strings` end a text as soon as `decode` (token ids -> text) shows one in the completion.
-    `prefix`: how many tokens all prompts share (`shared_prefix`, which is the default). Whoever
-    runs part of a larger set passes the larger set's number, so that the sums keep their order.
-    Raises InputError for bad sampling settings, an empty prompt, and a request that would outgrow
-    the model's context.
+    `cache_bytes` bounds the cache: as many slots as fit, each as long as the longest request, so that
+    no row ever has to give way. `prefix`: how many tokens all prompts share (`shared_prefix`, which is
+    the default). Whoever runs part of a larger set passes the larger set's number, so that the sums
+    keep their order.
+    Raises InputError for bad sampling settings, an empty prompt, a request that would outgrow the
+    model's context, and a cache without room for one slot.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens)
     context = model.config.max_position_embeddings
@@ -317,7 +357,10 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
     if prefix is None:
         prefix = shared_prefix([r.prompt_ids for r in requests])
     queue = deque(sorted(requests, key=lambda r: (-len(r.prompt_ids), tuple(r.prompt_ids))))
+    length = len(queue[0].prompt_ids) + max_new_tokens
     slots = min(slots, len(requests))
+    if cache_bytes is not None:
+        slots = min(slots, slots_that_fit(model, length, cache_bytes))
     stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.head_weight.device)
     stop[[i for i in stop_ids if i < len(stop)]] = True
     strings = None
@@ -329,7 +372,7 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
     refill = max(1, slots // 8) if stop.device.type == "cuda" else 1
     training = model.training
     model.eval()
-    rows = _Slots(model, slots, len(queue[0].prompt_ids) + max_new_tokens, max_new_tokens,
+    rows = _Slots(model, slots, length, max_new_tokens,
                   queue[0].prompt_ids[:prefix], repetition_penalty, return_logps)
     while (queue or rows.requests) and not should_stop():
         free = slots - len(rows.requests)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tiny import CONFIG, question, tiny_checkpoint, write_rows
 
+from srit import sampling
 from srit.kernels import linear_logp
-from srit.models import Decoder, ModelConfig
+from srit.models import Decoder, KVCache, ModelConfig
 from srit.models.files import InputError
 from srit.sampling import (
     Request,
@@ -107,6 +108,44 @@ def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
         assert results == {r.key: expected[r.key] for r in some}
 
 
+def test_a_cache_of_any_size_gives_the_same_texts(monkeypatch):
+    """A stated size means fewer slots; one without room for a group of rows is an error."""
+    model = tiny_model()
+    settings = {"stop_ids": range(3, 20), "max_new_tokens": 20, "temperature": 1.0}
+    expected = generate(model, requests(9, 3), slots=64, **settings)
+    sizes = []
+    monkeypatch.setattr(sampling, "KVCache",
+                        lambda *a: sizes.append(cache := KVCache(*a)) or cache)
+    token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, bytes
+    for slots in (8, 16, 24):
+        limit = slots * 64 * token  # 64: 28 prompt tokens and 20 new ones, in strides of 32
+        assert generate(model, requests(9, 3), slots=64, cache_bytes=limit, **settings) == expected
+        cache = sizes[-1]
+        assert sum(t.nbytes for t in (*cache.keys, *cache.values)) == limit
+    with pytest.raises(InputError, match="no room for 8 sequences of .* raise --max_cache_memory"):
+        generate(model, requests(9, 3), cache_bytes=8 * 64 * token - 1, **settings)
+
+
+def test_a_long_prompt_is_read_in_parts(monkeypatch):
+    model = tiny_model()
+    settings = {"stop_ids": [], "max_new_tokens": 8}
+    expected = generate(model, requests(5, 1), **settings)
+    monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", 5)
+    widths, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden",
+                        lambda ids, **k: widths.append(ids.shape[1]) or hidden(ids, **k))
+    assert generate(model, requests(5, 1), **settings) == expected
+    assert max(widths) == 5
+
+
+def test_should_stop_ends_between_two_steps():
+    finished = []
+    results = generate(tiny_model(), requests(9, 3), stop_ids=range(3, 20), max_new_tokens=20, slots=4,
+                       on_finish=lambda request, _: finished.append(request.key),
+                       should_stop=lambda: len(finished) >= 3)
+    assert 3 <= len(results) < 27 and set(finished) == set(results)
+
+
 def test_samples_and_seeds_differ():
     results = generate(tiny_model(scale=0.1), requests(3, 3), stop_ids=[3], max_new_tokens=12,
                        temperature=1.0)
@@ -188,9 +227,9 @@ def test_neutral_and_extreme_settings():
 
     greedy, sampled = run(temperature=0), run(temperature=1.0)
     assert run(temperature=0, top_k=3, top_p=0.5) == greedy
-    for sampling in ({"temperature": 1e-30}, {"temperature": 1.0, "top_k": 1},
+    for extreme in ({"temperature": 1e-30}, {"temperature": 1.0, "top_k": 1},
                      {"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1.0, "min_p": 1.0}):
-        assert run(**sampling) == greedy
+        assert run(**extreme) == greedy
     assert run(temperature=1.0, top_k=0, top_p=1.0) == sampled
     assert run(temperature=1.0, top_k=V + 5) == sampled
 
