@@ -41,7 +41,7 @@ def load_for_training(cfg: TrainConfig, tokenizer: Tokenizer,
     One that will be sharded comes to the CPU, and goes to its GPU block by block.
     """
     torch.manual_seed(cfg.seed)
-    first = torch.device("cpu") if cfg.parallel == "fsdp" else device
+    first = torch.device("cpu") if _sharded(cfg) else device
     model, config = load_model(cfg.model_name_or_path, dtype=torch.float32, device=first,
                                compute_dtype=DTYPES[cfg.dtype])
     if tokenizer.vocab_size > config.vocab_size:
@@ -69,8 +69,13 @@ def prepare(model: Decoder, cfg: TrainConfig, device: torch.device) -> None:
     if cfg.use_peft:
         add_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout,
                  target_modules=cfg.lora_target_modules or None)
-    if cfg.parallel == "fsdp":
+    if _sharded(cfg):
         dist.shard(model, device)
+
+
+def _sharded(cfg: TrainConfig) -> bool:
+    """A single process has nobody to share with."""
+    return cfg.parallel == "fsdp" and dist.world_size() > 1
 
 
 def batches_of(sizes: Sequence[int], cfg: TrainConfig,
