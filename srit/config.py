@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -383,7 +384,8 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
     """Parse and run one stage. Bad input ends it with one line and exit status 1."""
     try:
         cfg = parse(cls, stage, argv)
-        with stop.listening(cfg.max_time if hasattr(cfg, "max_time") else 0.0):
+        # What has no max_time does not ask whether it should stop: Ctrl-C ends it where it is.
+        with stop.listening(cfg.max_time) if hasattr(cfg, "max_time") else nullcontext():
             main(cfg)
     except stop.Stopped as reason:
         if dist.rank() == 0:
@@ -404,3 +406,5 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
                  "--max_tokens_per_batch or --per_device_train_batch_size (and raise "
                  "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling and "
                  "evaluation: lower --per_device_batch_size")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on where it stopped")

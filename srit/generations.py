@@ -94,7 +94,7 @@ def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
     own = path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}")
     cut_torn_line(own)
     dist.barrier()
-    done = {row_key(row): row["correct"] for row in read_parts(path)}
+    done = {row_key(row): (row["correct"], row["finished"]) for row in read_parts(path)}
     dist.barrier()  # nobody appends before everybody has read
 
     by_key = {p.key(s): (p, s) for p in prompts for s in range(cfg.num_samples)}
@@ -169,20 +169,21 @@ def read_parts(path: Path) -> list[dict]:
 
 
 class _Progress:
-    """A bar with speed and running accuracy; of rank 0's share when there are several."""
+    """A bar with speed, running accuracy and share of finished texts; of rank 0's part."""
 
-    def __init__(self, total: int, done: Sequence[bool], disable: bool) -> None:
-        self.n, self.correct, self.tokens = len(done), sum(done), 0
+    def __init__(self, total: int, done: Sequence[tuple[bool, bool]], disable: bool) -> None:
+        self.n, self.tokens = len(done), 0
+        self.correct, self.finished = (sum(row[i] for row in done) for i in (0, 1))
         self.started = time.perf_counter()
         self.bar = tqdm(total=total // dist.world_size(), initial=self.n // dist.world_size(),
                         unit="sample", dynamic_ncols=True, disable=disable)
 
     def add(self, row: dict) -> None:
-        self.n, self.correct = self.n + 1, self.correct + row["correct"]
-        self.tokens += row["n_tokens"]
+        self.n, self.tokens = self.n + 1, self.tokens + row["n_tokens"]
+        self.correct, self.finished = self.correct + row["correct"], self.finished + row["finished"]
         speed = self.tokens / (time.perf_counter() - self.started)
-        self.bar.set_postfix_str(f"{speed:.0f} tokens/s, correct {self.correct / self.n:.1%}",
-                                 refresh=False)
+        self.bar.set_postfix_str(f"{speed:.0f} tokens/s, correct {self.correct / self.n:.1%}, "
+                                 f"finished {self.finished / self.n:.1%}", refresh=False)
         self.bar.update()
 
     def close(self) -> None:

@@ -32,6 +32,8 @@ class RunConfig:
     """Instead of the recipe's."""
     device: str | None = None
     """Instead of the recipe's."""
+    max_time: float = 0.0
+    """Minutes after which the run saves and ends, to be continued; 0: no limit."""
 
 
 def is_finished(stage: Stage) -> bool:
@@ -57,11 +59,15 @@ def run_stage(stage: Stage) -> None:
     # In a session of its own: a Ctrl-C comes to us alone, and is passed on once.
     child = subprocess.Popen(command, start_new_session=True)
     passed_on = False
-    while (status := _wait(child)) is None:
-        if stop.requested() and not passed_on:
-            child.send_signal(signal.SIGTERM)
-            passed_on = True
-    if status:
+    try:
+        while (status := _wait(child)) is None:
+            if stop.requested() and not passed_on:
+                child.send_signal(signal.SIGTERM)
+                passed_on = True
+    finally:
+        child.terminate()  # when we are interrupted; one that has ended is left alone
+    # A stage that has not come to listen yet just ends.
+    if status and not (passed_on and status == -signal.SIGTERM):
         sys.exit(status)
     if not is_finished(stage):
         raise stop.Stopped("the run stopped; the same command goes on from there")
@@ -88,6 +94,8 @@ def main(cfg: RunConfig) -> None:
         if is_finished(stage):
             print(f"{mark}: finished before", flush=True)
             continue
+        if stop.requested():
+            raise stop.Stopped("the run stopped between two stages; the same command goes on")
         print(mark, flush=True)
         started = time.time()
         run_stage(stage)
