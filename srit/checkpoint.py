@@ -102,6 +102,7 @@ class CheckpointWriter:
             temporary.mkdir(parents=True)
             text = json.dumps(dataclasses.asdict(state), indent=2)
             (temporary / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
+        dist.barrier()  # the others write into the new directory, not the one that was removed
         write_files(temporary if dist.rank() == 0 else None)
         tensors = _training_tensors(model, optimizer)
         if self.asynchronous:

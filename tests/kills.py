@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import torch
@@ -74,7 +75,8 @@ def in_child(calls: Calls, stage: str, folder: Path, out: Path, report: Path | N
     pid = os.fork()
     if pid:
         _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, (out / "log").read_text()
+        failed = os.WIFEXITED(status) and os.WEXITSTATUS(status)
+        assert not failed, out.with_suffix(".log").read_text()[-4000:]
         return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     status = 1
     try:
@@ -92,7 +94,10 @@ def in_child(calls: Calls, stage: str, folder: Path, out: Path, report: Path | N
         if report:
             report.write_text(json.dumps([next(calls.count), calls.saving]))
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(status)
 
 
@@ -123,6 +128,7 @@ def main(stage: str, folder: Path, seed: int, runs: int) -> None:
     for run in range(runs):
         out, moments = folder / "killed", []
         shutil.rmtree(out, ignore_errors=True)
+        out.with_suffix(".log").unlink(missing_ok=True)
         while True:
             at = chance.choice([chance.choice(saving), chance.randrange(1, total)])
             if len(moments) == 3:
