@@ -18,8 +18,8 @@ the tied head's beside the embedding's), whichever is more; an eighth is added f
 docs/scaling.md compares it with measured steps.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -94,21 +94,29 @@ class PlanConfig:
 
 @dataclass
 class Plan:
-    """All in bytes on one GPU, but for the times, in seconds a step."""
+    """All in bytes on one GPU, but for the parameters of the model and the seconds of a step."""
 
-    parameters: int = field(metadata={"text": ""})
-    weights: float = field(metadata={"text": "weights, float32"})
-    moments: float = field(metadata={"text": "AdamW's moments"})
-    gradients: float = field(metadata={"text": "gradients"})
-    kept: float = field(metadata={"text": "kept for the backward"})
-    cast: float = field(metadata={"text": "cast weights"})
-    head: float = field(metadata={"text": "head: gradient and a chunk of logits"})
-    gathered: float = field(metadata={"text": "gathered by FSDP"})
-    waste: float = field(metadata={"text": "temporary tensors and holes, an eighth"})
-    context: float = field(metadata={"text": "libraries"})
-    peak: float = field(metadata={"text": "peak"})
-    sent: float = field(metadata={"text": ""})
-    compute_seconds: float = field(metadata={"text": ""})
+    parameters: int
+    weights: float
+    moments: float
+    gradients: float
+    kept: float
+    cast: float
+    head: float
+    gathered: float
+    waste: float
+    context: float
+    peak: float
+    sent: float
+    compute_seconds: float
+
+
+TEXTS = {  # the rows that are printed
+    "weights": "weights, float32", "moments": "AdamW's moments", "gradients": "gradients",
+    "kept": "kept for the backward", "cast": "cast weights",
+    "head": "head: gradient and a chunk of logits", "gathered": "gathered by FSDP",
+    "waste": "temporary tensors and holes, an eighth", "context": "libraries", "peak": "peak",
+}
 
 
 def read_shape(name: str) -> ModelConfig:
@@ -119,15 +127,21 @@ def read_shape(name: str) -> ModelConfig:
     return load_model(path)[1] if path.suffix == ".gguf" else read_config(path)
 
 
-def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
-    """Predict one optimizer step."""
+@lru_cache
+def _parameters(config: ModelConfig, lora_r: int) -> tuple[int, int, int]:
+    """How many there are, how many in blocks, how many are trained."""
     with torch.device("meta"):
         model = Decoder(config)
-        if cfg.use_peft:
-            add_lora(model, r=cfg.lora_r)
-    P = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for p in model.model.layers.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if lora_r:
+            add_lora(model, r=lora_r)
+    return (sum(p.numel() for p in model.parameters()),
+            sum(p.numel() for p in model.model.layers.parameters()),
+            sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
+    """Predict one optimizer step."""
+    P, blocks, trained = _parameters(config, cfg.lora_r if cfg.use_peft else 0)
     block, outside = blocks / config.num_hidden_layers, P - blocks
     V, D, L, N = config.vocab_size, config.hidden_size, config.num_hidden_layers, cfg.tokens
     s = 4 if cfg.dtype == "float32" else 2
@@ -173,22 +187,11 @@ def most_tokens(config: ModelConfig, cfg: PlanConfig) -> int:
     low, high = 0, 2**24 // 64
     while low < high:
         middle = (low + high + 1) // 2
-        trial = PlanConfig(**{**_as_dict(cfg), "tokens": 64 * middle})
-        if plan(config, trial).peak <= cfg.max_memory * GIB:
+        if plan(config, replace(cfg, tokens=64 * middle)).peak <= cfg.max_memory * GIB:
             low = middle
         else:
             high = middle - 1
     return 64 * low
-
-
-def _as_dict(cfg: PlanConfig) -> dict:
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-
-
-def _rows(result: Plan) -> Iterator[list[str]]:
-    for f in fields(result):
-        if f.metadata["text"] and (value := getattr(result, f.name)):
-            yield [f.metadata["text"], f"{value / GIB:.2f}"]
 
 
 def main(cfg: PlanConfig) -> None:
@@ -196,7 +199,9 @@ def main(cfg: PlanConfig) -> None:
     result = plan(config, cfg)
     print(f"{cfg.model_name_or_path}: {result.parameters:,} parameters, {cfg.stage}, {cfg.dtype}, "
           f"{cfg.gpus} x {cfg.parallel}, {cfg.tokens:,} tokens in a forward pass\n")
-    print(table(["on each GPU", "GiB"], list(_rows(result))))
+    print(table(["on each GPU", "GiB"],
+                [[text, f"{value / GIB:.2f}"] for name, text in TEXTS.items()
+                 if (value := getattr(result, name))]))
     most = most_tokens(config, cfg)
     if most:
         advice = f"at most about {most:,} tokens in a forward pass"
