@@ -1,6 +1,6 @@
 """What `srit plan` predicts for the memory and the traffic of a step, against what steps take.
 
-    python benchmarks/check_plan.py [--shape SmolLM2-135M]
+    python benchmarks/check_plan.py
 
 Every case runs three steps in processes of their own, on the CPU, on rows with real lengths (as in
 bench_step.py). It notes the growth of the resident set from before the model is loaded to the peak, and
@@ -22,12 +22,13 @@ from tables import write_csv
 
 from srit import dist
 from srit.config import DPOConfig, SFTConfig
-from srit.plan import GIB, SHAPES, PlanConfig, plan, read_shape
+from srit.plan import GIB, PlanConfig, plan, read_shape
 from srit.runs import describe
 from srit.train import dpo, sft
 from srit.training import Optimization
 
 HERE = Path(__file__).parent
+SHAPE = "SmolLM2-135M"
 CASES = [  # stage, settings, ranks
     ("sft", {"dtype": "float32"}, 1),
     ("sft", {"dtype": "float32", "gradient_checkpointing": True}, 1),
@@ -109,8 +110,6 @@ def measure(case: int, folder: Path, rows: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name == "SmolLM2-135M"],
-                        default="SmolLM2-135M")
     parser.add_argument("--rows", type=int, default=4, help="rows or pairs in a forward pass")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -122,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "model").mkdir()
-        make_checkpoint(folder / "model", args.shape)
+        make_checkpoint(folder / "model", SHAPE)
         config = read_shape(str(folder / "model"))
         for stage in ("sft", "dpo"):
             rows = make_rows(stage, 12 * args.rows, config.vocab_size)
@@ -130,10 +129,10 @@ def main() -> None:
         for case, (stage, settings, ranks) in enumerate(CASES):
             found = measure(case, folder, args.rows)
             peak, tokens = found["peak"], found["tokens"]
-            predicted = plan(config, PlanConfig(args.shape, stage, gpus=ranks, tokens=tokens,
+            predicted = plan(config, PlanConfig(SHAPE, stage, gpus=ranks, tokens=tokens,
                                                 device="cpu", **settings))
             table.append({
-                "shape": args.shape, "stage": stage, "ranks": ranks,
+                "shape": SHAPE, "stage": stage, "ranks": ranks,
                 "settings": " ".join(f"{k}={v}" for k, v in settings.items()), "tokens": tokens,
                 "predicted_gib": round(predicted.peak / GIB, 2), "measured_gib": round(peak / GIB, 2),
                 "ratio": round(predicted.peak / peak, 2),

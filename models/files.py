@@ -13,7 +13,8 @@ class InputError(Exception):
     """Bad input from outside (flag, file, checkpoint): one line, shown without a traceback."""
 
 
-def _fsync_dir(path: Path) -> None:
+def _fsync(path: Path) -> None:
+    """A file's bytes, or a directory's names."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -22,23 +23,30 @@ def _fsync_dir(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file beside `path`, and rename it to `path` only when the block ends without an error."""
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write a file at, which takes its place when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(fd)
+    temporary = Path(name)
     try:
-        with os.fdopen(fd, mode, encoding=encoding) as handle:
-            os.chmod(temporary, 0o644)  # mkstemp makes files only their owner can read
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield temporary
+        os.chmod(temporary, 0o644)  # mkstemp makes files only their owner can read
+        _fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    _fsync_dir(path.parent)
+    _fsync(path.parent)
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file beside `path`, and rename it to `path` only when the block ends without an error."""
+    with atomic_path(path) as temporary:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
 
 
 @contextmanager
@@ -60,8 +68,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 def fsync_tree(directory: Path) -> None:
     for file in directory.rglob("*"):
         if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            _fsync(file)
 
 
 def rename_over(directory: Path, path: Path) -> None:
@@ -73,7 +80,7 @@ def rename_over(directory: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(directory, path)
-    _fsync_dir(path.parent)
+    _fsync(path.parent)
 
 
 def remove(path: Path) -> None:

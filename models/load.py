@@ -1,7 +1,6 @@
 """Checkpoints in and out: Hugging Face layout, hub id, GGUF. safetensors only, never pickle."""
 
 import json
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from srit.models.config import ModelConfig
 from srit.models.decoder import Decoder
-from srit.models.files import InputError, atomic_write
+from srit.models.files import InputError, atomic_path, atomic_write
 from srit.models.lora import merged_parameters
 
 SHARD_BYTES = 5 * 1000**3
@@ -182,12 +181,8 @@ def save_model(model: Decoder, config: ModelConfig, directory: str | Path | None
             if directory is not None:
                 tensors[name] = tensor.cpu().contiguous()
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            temporary = directory / f".{file}.tmp"
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.replace(directory / file)
+            with atomic_path(directory / file) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
     if directory is None:
         return
     if len(shards) > 1:

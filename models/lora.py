@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from srit.models.decoder import Decoder, Linear
-from srit.models.files import InputError, atomic_write
+from srit.models.files import InputError, atomic_path, atomic_write
 from srit.models.sharded import put, whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -143,10 +143,8 @@ def save_adapter(model: Decoder, directory: str | Path | None,
     if directory is None:
         return
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / ".adapter_model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(directory / "adapter_model.safetensors")
+    with atomic_path(directory / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -24,7 +24,7 @@ from srit.config import TrainConfig
 from srit.data import Schedule, pack
 from srit.log import MetricsLog
 from srit.models import Decoder, ModelConfig, load_model, save_model
-from srit.models.files import InputError, atomic_dir
+from srit.models.files import InputError, atomic_dir, atomic_path
 from srit.models.load import write_config
 from srit.models.lora import add_lora, load_adapter, save_adapter
 from srit.optim import clip_gradients, lr_factor, make_adamw, set_learning_rate, warmup_steps
@@ -251,8 +251,8 @@ class Optimization:
             self._save_weights(self.output_dir / "adapter")
         if self.state.best_step is not None and not self.cfg.use_peft:
             for file in sorted(self._best().iterdir()) if main else ():
-                shutil.copyfile(file, self.output_dir / f".{file.name}.tmp")
-                (self.output_dir / f".{file.name}.tmp").replace(self.output_dir / file.name)
+                with atomic_path(self.output_dir / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
         else:
             save_model(self.model, self.config, self.output_dir if main else None)
         if main:
