@@ -57,8 +57,6 @@ def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
     if run is not None and cfg.overwrite_output_dir:
         shutil.rmtree(output_dir)
         run = None
-    for stale in (*output_dir.glob(".*.tmp"), *output_dir.glob(".*.old")):
-        remove(stale)  # what a killed run had begun to write
     other = "choose another --output_dir, or --overwrite_output_dir True"
     if run is None:
         for name in ARTEFACTS:
@@ -68,6 +66,10 @@ def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
         raise InputError(f"{output_dir} already holds a run of stage '{run['stage']}'; {other}")
     elif difference := config_difference(run["config"], dataclasses.asdict(cfg), CHANGEABLE | BATCH):
         raise InputError(f"{output_dir} already holds another run: {difference}; {other}")
+    # What a killed run had begun to write. In a directory that was nobody's, only what is surely ours.
+    for pattern in (".*.tmp", ".*.old") if run is not None else (".run.json.*.tmp",):
+        for stale in output_dir.glob(pattern):
+            remove(stale)
     if run is None:
         _write(output_dir, {"stage": stage, "finished": False, **describe(cfg)})
 

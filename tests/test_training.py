@@ -223,6 +223,11 @@ def test_output_dir_of_another_run_is_left_alone(tiny, tmp_path):
     with pytest.raises(InputError, match="holds model.safetensors but no run.json"):
         sft.main(SFTConfig(str(tiny), file, str(foreign), **again))
     assert (foreign / "model.safetensors").read_bytes() == b"mine"
+    (foreign / "model.safetensors").unlink()
+    (foreign / ".mine.old").mkdir()
+    (foreign / ".mine.tmp").write_bytes(b"mine")
+    sft.main(SFTConfig(str(tiny), file, str(foreign), **again))
+    assert (foreign / ".mine.old").is_dir() and (foreign / ".mine.tmp").read_bytes() == b"mine"
     sft.main(SFTConfig(str(tiny), file, str(out), **{**again, "learning_rate": 0.5},
                        overwrite_output_dir=True))
 
