@@ -208,7 +208,9 @@ def behaviour(generations: dict[str, list[dict]]) -> list[dict]:
 
 
 def _metrics(root: Path, stage: str) -> list[dict]:
-    return _rows(root / stage / "metrics.jsonl")
+    """Without nulls, the means of a window in which every step was skipped."""
+    return [{name: value for name, value in row.items() if value is not None}
+            for row in _rows(root / stage / "metrics.jsonl")]
 
 
 def _charts(root: Path) -> list[str]:

@@ -79,6 +79,16 @@ def test_model_output_is_escaped(tmp_path):
     assert table and all("\\| pipe" in line for line in table)
 
 
+def test_a_window_of_skipped_steps_is_a_gap_in_the_curve(tmp_path):
+    """Its means are null in metrics.jsonl."""
+    root = fake_run(tmp_path / "fake")
+    log = root / "sft" / "metrics.jsonl"
+    whole = write_report([root]).read_text().count("<svg")
+    log.write_text(log.read_text() + json.dumps({"step": 10**6, "loss": None}) + "\n")
+    page = write_report([root]).read_text()
+    assert page.count("<svg") == whole > 0
+
+
 def test_numbers_are_those_of_the_rows(tmp_path):
     root = fake_run(tmp_path / "fake")
     rows = [json.loads(x) for x in (root / "eval-sft/generations.jsonl").read_text().splitlines()]
