@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--slots", type=int, default=64, help="sequences that we decode together")
+    parser.add_argument("--slots", type=int, default=128, help="sequences that we decode together")
     parser.add_argument("--hf_batch_size", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--gate", type=int, default=50, help="questions compared greedily")
     parser.add_argument("--rounds", type=int, default=2)

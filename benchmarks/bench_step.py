@@ -31,26 +31,30 @@ SHAPES = {  # layers, hidden, intermediate, heads, key/value heads, vocabulary, 
     "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 128256, True),
     "Qwen2.5-1.5B": (28, 1536, 8960, 12, 2, 151936, True),
 }
-CONTENDERS = {
-    "srit": {"stages": ("sft", "dpo")},
-    "srit, checkpointing": {"stages": ("sft", "dpo"), "checkpointing": True},
-    "trl": {"stages": ("sft", "dpo")},
-    "trl, checkpointing": {"stages": ("sft", "dpo"), "checkpointing": True},
-    "trl, liger": {"stages": ("sft", "dpo"), "liger": True},
+CONTENDERS = {  # and their settings
+    "srit": {},
+    "srit, compiled": {"torch_compile": True},
+    "srit, checkpointing": {"gradient_checkpointing": True},
+    "srit, checkpointing of MLPs": {"gradient_checkpointing": True, "checkpoint_policy": "mlp"},
+    "trl": {},
+    "trl, compiled": {"torch_compile": True},
+    "trl, checkpointing": {"gradient_checkpointing": True},
+    "trl, liger": {"use_liger_kernel": True},
 }
 
 
-def make_checkpoint(directory: Path, shape: str) -> None:
-    """A random Llama of this shape, and a tokenizer whose token i is the word `w<i>`."""
+def make_checkpoint(directory: Path, shape: str, layers: int | None) -> None:
+    """A random Llama of this shape, shallower if asked, and a tokenizer whose token i is `w<i>`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from srit.models import Decoder, ModelConfig, save_model
 
-    layers, hidden, intermediate, heads, kv_heads, vocab, tied = SHAPES[shape]
+    depth, hidden, intermediate, heads, kv_heads, vocab, tied = SHAPES[shape]
     torch.manual_seed(0)
     config = ModelConfig.from_dict({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab,
-        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers or depth,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
         "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
         "hidden_act": "silu", "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": 0})
@@ -91,7 +95,7 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(name))
 
 
-def run_srit(args: argparse.Namespace, rows: Path, checkpointing: bool) -> tuple[list, list]:
+def run_srit(args: argparse.Namespace, rows: Path, settings: dict) -> tuple[list, list]:
     from srit import training
     from srit.config import DPOConfig, SFTConfig
     from srit.train import dpo, sft
@@ -109,14 +113,13 @@ def run_srit(args: argparse.Namespace, rows: Path, checkpointing: bool) -> tuple
     main(config(args.checkpoint, [str(rows)], str(out), dtype=args.dtype, max_length=2048,
                 device="cuda" if torch.cuda.is_available() else "cpu", max_steps=args.steps,
                 learning_rate=1e-5, lr_scheduler_type="constant", warmup_ratio=0.0,
-                per_device_train_batch_size=args.batch_size, gradient_checkpointing=checkpointing,
-                logging_steps=1, shuffle_dataset=False))
+                per_device_train_batch_size=args.batch_size, logging_steps=1, shuffle_dataset=False,
+                **settings))
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return times, [json.loads(line)["loss"] for line in lines]
 
 
-def run_trl(args: argparse.Namespace, rows: Path, checkpointing: bool,
-            liger: bool) -> tuple[list, list]:
+def run_trl(args: argparse.Namespace, rows: Path, settings: dict) -> tuple[list, list]:
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -153,9 +156,9 @@ def run_trl(args: argparse.Namespace, rows: Path, checkpointing: bool,
             output_dir=str(rows.parent / "trl"), max_steps=args.steps, learning_rate=1e-5,
             lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused",
             weight_decay=0.0, per_device_train_batch_size=args.batch_size,
-            gradient_accumulation_steps=1, gradient_checkpointing=checkpointing, logging_steps=1,
-            bf16=bf16, use_cpu=not on_gpu, max_length=2048, report_to=[], save_strategy="no",
-            disable_tqdm=True, use_liger_kernel=liger, **special),
+            gradient_accumulation_steps=1, logging_steps=1, bf16=bf16, use_cpu=not on_gpu,
+            max_length=2048, report_to=[], save_strategy="no", disable_tqdm=True,
+            **{"gradient_checkpointing": False, **settings}, **special),
         train_dataset=Dataset.from_list([json.loads(x) for x in rows.read_text().splitlines()]),
         processing_class=AutoTokenizer.from_pretrained(args.checkpoint), callbacks=[Watch()])
     trainer.train()
@@ -164,9 +167,6 @@ def run_trl(args: argparse.Namespace, rows: Path, checkpointing: bool,
 
 def contend(args: argparse.Namespace) -> None:
     """Child process: run one contender and print a JSON line."""
-    options = dict(CONTENDERS[args.contender])
-    options.pop("stages")
-    checkpointing = options.pop("checkpointing", False)
     vocab = SHAPES[args.model][5]
     # What the imports take is not counted as memory of the step.
     importlib.import_module("trl" if args.contender.startswith("trl") else "srit.train.dpo")
@@ -175,10 +175,8 @@ def contend(args: argparse.Namespace) -> None:
         made = make_rows(args.stage[0], args.steps * args.batch_size, vocab)
         rows.write_text("".join(json.dumps(row) + "\n" for row in made))
         before = resident("VmRSS")
-        if args.contender.startswith("srit"):
-            times, losses = run_srit(args, rows, checkpointing)
-        else:
-            times, losses = run_trl(args, rows, checkpointing, **options or {"liger": False})
+        contend_as = run_srit if args.contender.startswith("srit") else run_trl
+        times, losses = contend_as(args, rows, CONTENDERS[args.contender])
         peak = resident("VmHWM") - before
     seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
     print(json.dumps({"seconds": seconds, "losses": losses, "peak": peak}))
@@ -226,7 +224,8 @@ def measure(args: argparse.Namespace, stage: str) -> list[dict]:
     for name, runs in results.items():
         speeds = [t / s for run in runs for t, s in zip(tokens, run["seconds"], strict=True)]
         rows.append({
-            "stage": stage, "contender": name, "model": args.model, "dtype": args.dtype,
+            "stage": stage, "contender": name, "model": args.model,
+            "layers": args.layers or SHAPES[args.model][0], "dtype": args.dtype,
             "batch_size": args.batch_size, "tokens_per_second": round(statistics.median(speeds), 1),
             "seconds_p50": round(statistics.median(s for r in runs for s in r["seconds"]), 3),
             "peak_mib": round(max(run["peak"] for run in runs) / 2**20), "commit": machine["commit"],
@@ -243,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", nargs="+", choices=["dpo", "sft"], default=["dpo", "sft"])
     parser.add_argument("--model", choices=list(SHAPES), default="SmolLM2-135M")
+    parser.add_argument("--layers", type=int, help="fewer than the model has, where memory is short")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch_size", type=int, default=4, help="pairs (dpo) or rows (sft)")
     parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
@@ -257,15 +257,16 @@ def main() -> None:
         contend(args)
         return
     where = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    output = Path(args.output or HERE / f"results/bench_step_{args.model}_{args.dtype}_{where}.csv")
+    shape = args.model + (f"-{args.layers}-layers" if args.layers else "")
+    output = Path(args.output or HERE / f"results/bench_step_{shape}_{args.dtype}_{where}.csv")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.checkpoint = folder
-        make_checkpoint(Path(folder), args.model)
+        make_checkpoint(Path(folder), args.model, args.layers)
         for stage in args.stage:
             rows += measure(args, stage)
     for row in rows:
-        print("{stage:4} {contender:22} {tokens_per_second:9.1f} tokens/s {speed_to_trl:5.2f}x  "
+        print("{stage:4} {contender:27} {tokens_per_second:9.1f} tokens/s {speed_to_trl:5.2f}x  "
               "{peak_mib:6d} MiB {memory_to_trl:5.2f}x".format(**row))
     write_csv(rows, output)
     print(output)

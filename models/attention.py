@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srit.models.cache import STRIDE, KVCache
+from srit.models.paged import PagedCache, Step
 
 
 @dataclass
@@ -19,16 +20,19 @@ class Layout:
     positions: Tensor  # (B, T)
     cu_seqlens: Tensor | None
     attention_mask: Tensor | None
-    cache: KVCache | None
+    cache: KVCache | PagedCache | None
     rows: Tensor | slice | None
     prefixes: Tensor | None = None
     end: int = 0  # keys of the cache that any row may see
     lengths: list[int] = field(default_factory=list)  # of the packed segments
     parents: list[int] = field(default_factory=list)  # the segment that each one continues, or -1
     masks: dict = field(default_factory=dict)
+    step: Step | None = None  # of a paged cache
 
     def __post_init__(self) -> None:
-        if self.cache is not None:
+        if isinstance(self.cache, PagedCache):
+            self.step = self.cache.begin(len(self.positions))
+        elif self.cache is not None:
             self.end = (int(self.positions.max()) // STRIDE + 1) * STRIDE
         elif self.cu_seqlens is not None:
             self.lengths = self.cu_seqlens.diff().tolist()
@@ -80,6 +84,9 @@ def _band(T: int, window: int | None, device: torch.device, before: int = 0) -> 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
            scale: float) -> list[Tensor]:
     """q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd), in parts along T."""
+    if layout.step is not None:
+        out = layout.cache.attend(q[:, 0], k[:, 0], v[:, 0], layout.step, layer, window, scale)
+        return [out[:, None]]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, hd)
     if layout.cache is not None:
         parts = [_cached(q, k, v, layout, layer, window, scale)]
@@ -111,18 +118,6 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None,
 
 def _cached(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
             scale: float) -> Tensor:
-    B, H, T, hd = q.shape
     keys, values = layout.cache.update(layer, k, v, layout.rows, layout.positions, layout.end)
-    mask = layout.mask(window, T)
-    if T > 1:
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale,
-                                              enable_gqa=True)
-    # One query a row: the heads that share keys become the queries of one head, nothing expanded.
-    q = q.reshape(B, k.shape[1], -1, hd)  # (B, K, H / K, hd)
-    if q.dtype == torch.float32 and q.device.type == "cpu":
-        # The fused fp32 kernel's last bits depend on the thread, so on where in the batch a row is.
-        scores = (keys @ q.transpose(-1, -2)).transpose(-1, -2) * scale  # (B, K, H / K, S)
-        out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
-    else:
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-    return out.reshape(B, H, 1, hd)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=layout.mask(window, q.shape[2]),
+                                          scale=scale, enable_gqa=True)

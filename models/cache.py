@@ -6,7 +6,7 @@ from torch import Tensor
 from srit.models.config import ModelConfig
 
 # Attention reads whole strides of keys: then a row's sums keep their order, to the last bit, however
-# long the rows beside it are. (With 16 keys the products of heads of 8 sum in another order.)
+# long the rows beside it are.
 STRIDE = 32
 
 

@@ -10,6 +10,7 @@ dimension, V vocabulary.
 
 import math
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,11 @@ from srit.models.attention import Layout, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
 from srit.models.ops import gated, pack, packed_linear, remade, rms_norm
+from srit.models.paged import PagedCache
+
+# What a block keeps for its backward: all that autograd asks for (or, without gradients, nothing); not
+# what is cheap to make again from what is kept; nor anything of its MLP, which then runs twice.
+Keep = Literal["all", "costly", "attention"]
 
 
 class Linear(nn.Linear):
@@ -61,23 +67,15 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
             self.k_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout,
-                remake: bool) -> Tensor:
+    def project(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> rotated queries (B, T, H, hd) and keys, and values (B, T, K, hd)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, hd)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *tables), rotate(k, *tables)
-        parts = attend(q, k, v, layout, self.layer, self.window, self.scale)  # (B, part of T, H, hd)
-        if len(parts) == 1:
-            return self.o_proj(parts[0].reshape(B, T, -1))
-        joined = torch.cat(parts, 1)
-        # The backward of the attention keeps the parts: nobody needs to keep the whole.
-        join = partial(torch.cat, [part.detach() for part in parts], 1)
-        with remade(joined, join, remake):
-            return self.o_proj(joined.view(B, T, -1))
+        return rotate(q, *tables), rotate(k, *tables), v
 
 
 class MLP(nn.Module):
@@ -89,10 +87,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(F_, D, bias=config.mlp_bias)
         self.gelu = config.activation == "gelu_tanh"
 
-    def forward(self, x: Tensor, remake: bool) -> Tensor:
+    def forward(self, x: Tensor, keep: Keep) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         product = gated(gate, up, self.gelu)
-        with remade(product, partial(gated, gate.detach(), up.detach(), self.gelu), remake):
+        with remade(product, partial(gated, gate.detach(), up.detach(), self.gelu), keep != "all"):
             return self.down_proj(product)
 
 
@@ -112,19 +110,40 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout,
-                remake: bool) -> Tensor:
-        norm = self.input_layernorm
-        normed = norm(x)
-        with remade(normed, partial(norm, x.detach()), remake):
-            attention = self.self_attn(normed, tables, layout, remake)
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout, keep: Keep) -> Tensor:
+        attention = self.self_attn
+        q, k, v = self.before(x, tables, keep)
+        parts = attend(q, k, v, layout, attention.layer, attention.window, attention.scale)
+        if len(parts) == 1:
+            return self.after(x, parts[0].flatten(2), keep)
+        joined = torch.cat(parts, 1)
+        # The backward of the attention keeps the parts: nobody needs to keep the whole.
+        join = partial(torch.cat, [part.detach() for part in parts], 1)
+        with remade(joined, join, keep != "all"):
+            return self.after(x, joined.flatten(2), keep)
+
+    def before(self, x: Tensor, tables: tuple[Tensor, Tensor],
+               keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the attention, a function of each token alone."""
+        normed = self.input_layernorm(x)
+        with remade(normed, partial(self.input_layernorm, x.detach()), keep != "all"):
+            return self.self_attn.project(normed, tables)
+
+    def after(self, x: Tensor, attention: Tensor, keep: Keep) -> Tensor:
+        """What comes after it, likewise: attention (B, T, H * hd) -> the block's output (B, T, D)."""
+        attention = self.self_attn.o_proj(attention)
         if self.sandwich:
             attention = self.post_attention_layernorm(attention)
         x = x + attention
+        if keep == "attention":
+            return checkpoint(self.feed_forward, x, "all", use_reentrant=False)
+        return self.feed_forward(x, keep)
+
+    def feed_forward(self, x: Tensor, keep: Keep) -> Tensor:
         norm = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
         normed = norm(x)
-        with remade(normed, partial(norm, x.detach()), remake):
-            mlp = self.mlp(normed, remake)
+        with remade(normed, partial(norm, x.detach()), keep != "all"):
+            mlp = self.mlp(normed, keep)
         return x + (self.post_feedforward_layernorm(mlp) if self.sandwich else mlp)
 
 
@@ -141,14 +160,14 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """A causal language model.
 
-    `compute_dtype` is the dtype of the activations. `gradient_checkpointing` recomputes each block
-    in the backward pass (training mode only).
+    `compute_dtype` is the dtype of the activations. `gradient_checkpointing` recomputes each "block"
+    or each "mlp" in the backward pass (training mode only).
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: Literal["block", "mlp"] | None = None
         self.packed_head: Tensor | None = None
         self.model = Body(config)
         if not config.tie_word_embeddings:
@@ -178,6 +197,16 @@ class Decoder(nn.Module):
                     module.packed = pack(module.weight.to(self.compute_dtype))
                     module.weight = None
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """torch.compile what every block computes of each token alone, once for all blocks and lengths.
+
+        The attention between stays as it is: segments of other lengths in every batch would be other
+        programs. So does the head, whose kernels are our own. What comes out is not the same bits.
+        """
+        whole = partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
+        for block in self.model.layers:
+            block.before, block.after = whole(block.before), whole(block.after)
+
     def forward(self, input_ids: Tensor, **layout: Tensor | KVCache | None) -> Tensor:
         """(B, T) -> logits (B, T, V) in float32. Keywords as in `hidden`."""
         return self.logits(self.hidden(input_ids, **layout))
@@ -190,7 +219,7 @@ class Decoder(nn.Module):
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None,
                cu_seqlens: Tensor | None = None, attention_mask: Tensor | None = None,
-               cache: KVCache | None = None, rows: Tensor | slice | None = None,
+               cache: KVCache | PagedCache | None = None, rows: Tensor | slice | None = None,
                prefixes: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, D) after the final norm, in the compute dtype.
 
@@ -200,7 +229,8 @@ class Decoder(nn.Module):
                    prefixes (S,) names for each the earlier segment that it continues and attends to
                    as well, or -1: chosen and rejected share one prompt. Needs positions.
           cached   cache, the new tokens of `rows` of its slots: a slice (read in place), an index
-                   tensor (b,), or None for the first B slots
+                   tensor (b,), or None for the first B slots; or one token of each of the first
+                   B rows of a paged cache
         positions (B, T) default to counting real tokens, from the slot's length when cached. A
         cached call adds T to the lengths of its slots.
         """
@@ -208,7 +238,9 @@ class Decoder(nn.Module):
         device = input_ids.device
         if cache is not None and rows is None:
             rows = slice(B)
-        if cache is not None and positions is None:
+        if isinstance(cache, PagedCache):
+            positions = cache.positions(B)
+        elif cache is not None and positions is None:
             positions = cache.lengths[rows, None] + torch.arange(T, device=device)
         elif cu_seqlens is not None and positions is None:
             starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
@@ -224,14 +256,19 @@ class Decoder(nn.Module):
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=device)
         tables = {rope: rope_tables(rope, self.config.head_dim, positions)
                   for rope in {self.config.rope, self.config.local_rope}}
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        recorded = torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing if self.training and recorded else None
+        keep: Keep = "costly" if recorded else "all"
+        keep = {None: keep, "block": "all", "mlp": "attention"}[recompute]
         for block, window in zip(self.model.layers, self.config.windows, strict=True):
             rope = tables[self.config.rope if window is None else self.config.local_rope]
-            if recompute:
-                x = checkpoint(block, x, rope, layout, False, use_reentrant=False)
+            if recompute == "block":
+                x = checkpoint(block, x, rope, layout, keep, use_reentrant=False)
             else:
-                x = block(x, rope, layout, torch.is_grad_enabled())
-        if cache is not None:
+                x = block(x, rope, layout, keep)
+        if isinstance(cache, PagedCache):
+            cache.advance()
+        elif cache is not None:
             cache.lengths[rows] += T
         return self.model.norm(x)
 

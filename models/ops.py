@@ -1,7 +1,8 @@
 """RMSNorm and the gated activation, keeping for the backward only what is there anyway.
 
 Autograd would keep every intermediate of these elementwise chains, in bfloat16 also the float32 copies.
-Here the backward makes them again from the inputs.
+Here the backward makes them again from the inputs. In a compiled layer the compiler decides that: these
+are plain operations there.
 
 The forward is the same operations in the same order whether gradients are recorded or not, which a
 first DPO loss of exactly ln 2 rests on; F.rms_norm takes two paths.
@@ -18,14 +19,15 @@ from torch.autograd.function import once_differentiable
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; float32 inside, result in the dtype of x."""
-    if not torch.is_grad_enabled():  # the same without autograd's bookkeeping, which decoding feels
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # The same without autograd's bookkeeping, which decoding feels.
         return _normalise(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)
 
 
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """silu(gate) * up (SwiGLU), or gelu(gate) * up with the tanh approximation (GeGLU)."""
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _activate(gate, gelu).mul_(up)
     return _Gated.apply(gate, up, gelu)
 
@@ -38,7 +40,7 @@ def remade(value: Tensor, make: Callable[[], Tensor], when: bool) -> AbstractCon
     or the graph would hold itself. `when` False: nothing special (activation checkpointing has
     hooks of its own, which these would hide).
     """
-    if not when:
+    if torch.compiler.is_compiling() or not when:
         return nullcontext()
     address, size = value.data_ptr(), value.numel()
 

@@ -84,6 +84,10 @@ class TrainConfig:
     """Forward passes to one optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward pass."""
+    checkpoint_policy: Literal["block", "mlp"] = "block"
+    """What gradient_checkpointing recomputes: all of a layer, or what is behind its attention."""
+    torch_compile: bool = False
+    """Compile the layers first: faster steps, another rounding; needs a C++ compiler on a CPU."""
     logging_steps: int = 10
     """Steps between two rows of metrics.jsonl."""
     eval_steps: int = 0
@@ -202,6 +206,8 @@ class GenerateConfig:
     """Dtype of weights and cache; logits are always float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    engine: Literal["srit", "vllm"] = "srit"
+    """What generates: our own engine, or vLLM (extra: vllm; one process, texts not bit for bit)."""
     num_samples: int = 1
     """Completions to each question and prompt style."""
     temperature: float = 0.0
@@ -220,10 +226,10 @@ class GenerateConfig:
     """Write the log-probability of every generated token, by the model itself, as `logps`."""
     max_new_tokens: int = 256
     """Longest completion."""
-    per_device_batch_size: int = 64
+    per_device_batch_size: int = 128
     """Sequences decoded together."""
     max_cache_memory: float = 0.0
-    """GiB for keys and values, which may mean fewer sequences together; 0: no limit."""
+    """GiB for keys and values, which may mean fewer sequences together; 0: enough for all."""
     max_time: float = 0.0
     """Minutes after which the run ends, to be continued; 0: no limit."""
     limit: int | None = None
@@ -280,6 +286,8 @@ class EvalConfig(GenerateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(bool(self.eval_file), "eval_file", self.eval_file, "at least one file")
+        _check(self.engine == "srit" or self.scoring == "generate", "engine", self.engine,
+               "srit with --scoring options")
 
 
 @dataclass

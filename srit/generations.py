@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from srit.answers import grade
 from srit.config import GenerateConfig
 from srit.models import Decoder, load_model
 from srit.models.files import InputError
+from srit.models.load import resolve
 from srit.prompts import question_messages, render
 from srit.records import (
     cut_torn_line,
@@ -29,6 +31,7 @@ from srit.records import (
 )
 from srit.sampling import Request, Result, generate, request_seed, shared_prefix
 from srit.tokenizer import Tokenizer, load_tokenizer
+from srit.vllm_engine import VLLM
 
 Key = tuple[str, str, str, int]  # dataset, id, prompt style, sample
 
@@ -67,24 +70,34 @@ def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokeniz
 
 
 def load_for_generation(cfg: GenerateConfig,
-                        device: torch.device) -> tuple[Decoder, Tokenizer]:
+                        device: torch.device) -> tuple[Decoder | VLLM, Tokenizer]:
     """Model in cfg.dtype, its weights laid out for inference, and its tokenizer."""
     tokenizer = load_tokenizer(cfg.model_name_or_path)
-    model, config = load_model(cfg.model_name_or_path, dtype=getattr(torch, cfg.dtype),
-                               device=device)
-    if tokenizer.vocab_size > config.vocab_size:
+    if cfg.engine == "vllm":
+        if dist.world_size() > 1:
+            raise InputError("--engine vllm: run one process, without torchrun")
+        model = VLLM(resolve(cfg.model_name_or_path), cfg.dtype, cfg.per_device_batch_size,
+                     _cache_bytes(cfg), bool(cfg.stop_strings))
+    else:
+        model, _ = load_model(cfg.model_name_or_path, dtype=getattr(torch, cfg.dtype), device=device)
+        model.pack_weights()
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
-                         f"tokens, the model only {config.vocab_size}; they do not belong together")
-    model.pack_weights()
+                         f"tokens, the model only {model.config.vocab_size}; they do not belong "
+                         "together")
     return model, tokenizer
 
 
-def fits(prompt: Prompt, model: Decoder, max_new_tokens: int) -> bool:
+def fits(prompt: Prompt, model: Decoder | VLLM, max_new_tokens: int) -> bool:
     """Whether prompt and completion stay within the positions that the model was built for."""
     return len(prompt.ids) + max_new_tokens <= model.config.max_position_embeddings
 
 
-def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], path: Path,
+def _cache_bytes(cfg: GenerateConfig) -> int | None:
+    return int(cfg.max_cache_memory * 2**30) or None
+
+
+def answer_all(model: Decoder | VLLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], path: Path,
                cfg: GenerateConfig) -> list[dict]:
     """Write `cfg.num_samples` graded rows for every prompt to `path`, and return them in order.
 
@@ -101,8 +114,13 @@ def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
     if unknown := done.keys() - by_key.keys():
         raise InputError(f"{path}: holds rows that this run does not ask for, such as "
                          f"{next(iter(unknown))}; have the questions changed?")
-    requests = [Request(key, p.ids, request_seed(cfg.seed, p.row["id"], s, p.style))
-                for at, p in enumerate(prompts) if at % world == rank
+    styles: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for p in prompts:
+        styles.setdefault((p.dataset, p.row["id"]), []).append(p.ids)
+    number = {question: at for at, question in enumerate(styles)}
+    requests = [Request(key, p.ids, request_seed(cfg.seed, p.row["id"], s, p.style),
+                        shared_prefix(styles[p.dataset, p.row["id"]]))
+                for p in prompts if number[p.dataset, p.row["id"]] % world == rank
                 for s in range(cfg.num_samples) if (key := p.key(s)) not in done]
     log = _Progress(len(by_key), list(done.values()), disable=rank > 0)
     with open(own, "a", encoding="utf-8") as handle:
@@ -113,13 +131,14 @@ def answer_all(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
             handle.flush()
             log.add(row)
 
-        generate(model, requests, stop_ids=tokenizer.stop_ids, on_finish=write,
-                 max_new_tokens=cfg.max_new_tokens, slots=cfg.per_device_batch_size,
-                 cache_bytes=int(cfg.max_cache_memory * 2**30) or None,
-                 temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
-                 repetition_penalty=cfg.repetition_penalty, stop_strings=cfg.stop_strings,
-                 decode=tokenizer.decode, return_logps=cfg.return_logps,
-                 prefix=shared_prefix([p.ids for p in prompts]), should_stop=stop.requested)
+        answer = model.generate if isinstance(model, VLLM) else partial(generate, model)
+        answer(requests, stop_ids=tokenizer.stop_ids, on_finish=write,
+               max_new_tokens=cfg.max_new_tokens, slots=cfg.per_device_batch_size,
+               cache_bytes=_cache_bytes(cfg), temperature=cfg.temperature, top_p=cfg.top_p,
+               top_k=cfg.top_k, min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty,
+               stop_strings=cfg.stop_strings, decode=tokenizer.decode, return_logps=cfg.return_logps,
+               prefix=shared_prefix([p.ids for p in prompts]), samples=cfg.num_samples,
+               should_stop=stop.requested)
     log.close()
     dist.barrier()
     if dist.any_rank(stop.requested()):

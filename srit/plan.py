@@ -6,9 +6,10 @@ dtype, R ranks:
 
   weights, moments   4 P and 8 P, with FSDP over R; gradients 4 P, over R
   kept               s L N (2D + 2F + 2(H + K) hd), and the joined keys of DPO's branches, s L N 2K hd;
-                     with activation checkpointing s L N D and one block's part
+                     with activation checkpointing s L N D and one block's part; of MLPs alone, s L N
+                     (2D + 2(H + K) hd) and one MLP's 2 s N F
   cast               in bf16 the blocks' cast weights, which autograd keeps (not with FSDP, which
-                     gathers them cast; with checkpointing one block's)
+                     gathers them cast; with checkpointing one block's; of MLPs, not theirs)
   head               its float32 gradient, made in the forward, 4 V D, and a chunk of logits
   gathered           with FSDP embedding and head, in the gather's buffer and copied out of it, two
                      blocks, and a block's gradients
@@ -68,6 +69,8 @@ class PlanConfig:
     """Forward passes to one optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations layer by layer in the backward pass."""
+    checkpoint_policy: Literal["block", "mlp"] = "block"
+    """What gradient_checkpointing recomputes: all of a layer, or what is behind its attention."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype."""
     use_peft: bool = False
@@ -149,12 +152,14 @@ def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
     R = cfg.gpus if sharded else 1
 
     hd, H, K = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    layer = s * (2 * D + 2 * config.intermediate_size + 2 * (H + K) * hd
-                 + 2 * K * hd * (cfg.stage == "dpo"))
-    kept = N * (L * s * D + layer if cfg.gradient_checkpointing else L * layer)
+    mlp = 2 * s * config.intermediate_size
+    layer = mlp + s * (2 * D + 2 * (H + K) * hd + 2 * K * hd * (cfg.stage == "dpo"))
+    recomputed = cfg.checkpoint_policy if cfg.gradient_checkpointing else None
+    kept = N * {None: L * layer, "block": L * s * D + layer, "mlp": L * (layer - mlp) + mlp}[recomputed]
     cast = 0.0
     if s == 2 and not sharded:
-        cast = 2 * (block if cfg.gradient_checkpointing else blocks)
+        mlps = 3 * D * config.intermediate_size
+        cast = 2 * {None: blocks, "block": block, "mlp": blocks - (L - 1) * mlps}[recomputed]
     head_gradient = 0 if cfg.use_peft else 4 * V * D
     chunk = min(CHUNK_BYTES[cfg.device], N * V * s)
     weights, moments, gradients = 4 * P / R, 8 * trained / R, 4 * trained / R
@@ -174,10 +179,11 @@ def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
         sent = ring * (passes * s * (outside + 2 * blocks) + 4 * trained)
     else:
         sent = 2 * ring * 4 * trained
-    # A frozen weight saves its own gradient's product; checkpointing makes the forward again.
-    products = (4 if cfg.use_peft else 6) + (2 if cfg.gradient_checkpointing else 0)
-    matrices = blocks + V * D
-    compute = products * matrices * N * passes / (cfg.tflops * 1e12)
+    # A frozen weight saves its own gradient's product; checkpointing makes the forward again, of MLPs
+    # but for their last product, whose result nobody asks for.
+    again = {None: 0, "block": blocks, "mlp": 2 * D * config.intermediate_size * L}[recomputed]
+    products = (4 if cfg.use_peft else 6) * (blocks + V * D) + 2 * again
+    compute = products * N * passes / (cfg.tflops * 1e12)
     return Plan(P, weights, moments, gradients, kept, cast, head_gradient + chunk, gathered,
                 WASTE * live, context, peak, sent, compute)
 

@@ -1,27 +1,32 @@
-"""Continuous batching: many prompts, few cache slots, and every text independent of its neighbours.
+"""Continuous batching: many prompts, few rows, and every text independent of its neighbours.
 
-A fixed number of cache slots decode together. A row that ends makes room for the next prompt at
-once, so the batch stays full until the queue is empty; the last row moves into the gap, so the
-active rows are always the first `n` slots, which attention reads in place.
+A number of rows decode together. One that ends makes room for the next request at once, so the batch
+stays full until the queue is empty; the last row takes the gap's number, so the active rows are always
+0 to n - 1. Their keys and values lie in pages (models/paged.py), which a row takes as it grows.
 
+- A prompt is prefilled once, into a staging slot, and copied to pages that all its samples read. What
+  all prompts begin with stays in the staging slot for good, and on a CPU so does what the next prompt
+  has in common with this one (`Request.shared`: the two prompt styles of a question).
+- A request is admitted when there are pages for it and one more for each row. When they run out
+  nevertheless, the last to be admitted gives way and starts again later.
 - Prompts run longest first: rows that decode together have similar lengths, and too little memory
   shows at the start.
-- The tokens that all prompts begin with are computed once, in all slots; a prompt that another slot
-  still holds (the other samples of a question) is copied from it.
 - The last prompt token is not part of the prefill: it is the first token that the row decodes. So
   one place turns hidden states into tokens, and only last positions ever reach the head.
 - Randomness is one uniform for each (request, position), drawn from the request's own seed when it
   is admitted. On CPU prompts are prefilled one by one and the decoded batch is rounded up to a
   multiple of 8 rows: then the kernels sum in the same order whoever the neighbours are, and a
-  resumed or re-ordered run writes the same texts.
+  resumed or re-ordered run writes the same texts (in bfloat16 with packed weights, as sample and eval
+  have them).
 
 Legend: n active rows, m rows computed (n rounded up), T prompt tokens, D model, V vocabulary.
 """
 
 import hashlib
+import itertools
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,13 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srit.models import Decoder
-from srit.models.cache import STRIDE, KVCache
+from srit.models.cache import KVCache
 from srit.models.files import InputError
+from srit.models.paged import SPARE_PAGES, PagedCache, Prompt, page_bytes, pages_for
 
 ROW_MULTIPLE = 8
 CDF_BLOCK = 256
 NUCLEUS = 256  # likeliest tokens looked at before a row's whole vocabulary is sorted for top_p
-PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # of one forward pass of a prefill
+SEATS = 8  # rows that read one copy of a prompt at most
+PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Request:
     key: Hashable
     prompt_ids: Sequence[int]
     seed: int = 0
+    shared: int = 0  # leading tokens that other prompts have too, computed once while at hand
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float = 0.0, top_k: int 
     if temperature == 0:
         return logits.argmax(-1)
     # The maximum goes first: a tiny temperature must not make inf - inf.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
         return ids.gather(-1, _draw(logits.softmax(-1), uniforms, top_p, min_p)[:, None])[:, 0]
@@ -186,17 +194,22 @@ class StopStrings:
         return any(string in text for string in self.strings)
 
 
-class _Slots:
-    """The rows in flight: their cache slots, and everything a decoding step needs, a row each."""
+class _Rows:
+    """The requests in flight, a row each: their pages, and everything a decoding step needs."""
 
-    def __init__(self, model: Decoder, size: int, max_length: int, max_new_tokens: int,
-                 prefix: Sequence[int], repetition_penalty: float, return_logps: bool) -> None:
+    def __init__(self, model: Decoder, size: int, pages: int, seats: int, staging: KVCache,
+                 max_new_tokens: int, prefix: Sequence[int], repetition_penalty: float,
+                 return_logps: bool) -> None:
         device = model.head_weight.device
-        self.model, self.size, self.prefix = model, size, len(prefix)
+        self.model, self.size, self.staging, self.prefix = model, size, staging, len(prefix)
         self.penalty, self.return_logps = repetition_penalty, return_logps
         self.requests: list[Request] = []
+        self.turns: list[int] = []  # the order in which they were admitted
+        self.clock = itertools.count()
+        self.prompts: dict[tuple[int, ...], Prompt] = {}  # in the cache
+        self.staged: tuple[int, ...] = ()  # `Request.shared` tokens that staging slot 0 holds
         size = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
-        self.cache = KVCache(model.config, size, max_length, model.compute_dtype, device)
+        self.cache = PagedCache(model.config, pages, size, seats, model.compute_dtype, device)
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)  # fed next
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)  # generated
         self.output = torch.zeros(size, max_new_tokens, dtype=torch.int64, device=device)
@@ -205,56 +218,87 @@ class _Slots:
         vocabulary = model.config.vocab_size if repetition_penalty != 1 else 0
         self.seen = torch.zeros(size, vocabulary, dtype=torch.bool, device=device)
         self.index = torch.arange(size, device=device)
-        if prefix:
-            self._prefill([prefix], 0, 0)
-            for row in range(1, size):
-                self.cache.copy(0, row, 0, len(prefix))
-            self.cache.lengths.fill_(len(prefix))
+        self._read([prefix], 0)
+        for slot in range(1, len(staging.lengths)):
+            staging.copy(0, slot, 0, len(prefix))
 
-    def _prefill(self, sequences: list[Sequence[int]], row: int, start: int) -> None:
-        """Write tokens `start` and later of every sequence to the cache slots from `row` on.
+    def admit(self, queue: deque[Request]) -> None:
+        """Start the first requests of the queue, as many as there are rows and pages for.
+
+        A page is left for each row: the next one that it will ask for.
+        """
+        free, seats = self.cache.free - len(self.requests), Counter()
+        admitted: list[tuple[Request, bool]] = []  # and whether its prompt is to be read
+        while queue and len(self.requests) + len(admitted) < self.size:
+            ids = tuple(queue[0].prompt_ids)
+            if ids in self.prompts and ids not in seats:
+                seats[ids] = self.prompts[ids].free_seats
+            new = seats[ids] == 0
+            free -= 1 + (pages_for(len(ids) - 1) if new else 0)
+            if free < 0:
+                break
+            seats[ids] += (self.cache.seats if new else 0) - 1
+            admitted.append((queue.popleft(), new))
+        unread, staged = deque(request for request, new in admitted if new), deque()
+        for request, new in admitted:
+            ids = tuple(request.prompt_ids)
+            if new and not staged:
+                group = min(len(unread), len(self.staging.lengths))
+                self._prefill([unread.popleft() for _ in range(group)])
+                staged.extend(range(group))
+            if new:
+                self.prompts[ids] = self.cache.add_prompt(self.staging, staged.popleft(), len(ids) - 1)
+            self._start(request)
+
+    def _prefill(self, requests: list[Request]) -> None:
+        """Write all but the last token of each prompt to the staging slots, one a slot."""
+        prompts = [tuple(r.prompt_ids[:-1]) for r in requests]
+        start, head = self.prefix, ()
+        if len(self.staging.lengths) == 1 and requests[0].shared > start:
+            head = prompts[0][: requests[0].shared]
+            if self.staged != head:
+                self._read([head], start)
+            start = len(head)
+        self.staged = head
+        self._read(prompts, start)
+
+    def _read(self, sequences: list[Sequence[int]], start: int) -> None:
+        """Write tokens `start` and later of every sequence to the staging slots, from the first on.
 
         A long prompt is read in parts, so that its activations stay small.
         """
         device = self.tokens.device
-        budget = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
-        group = 1
-        if device.type == "cuda" and sequences:
-            group = max(1, budget // (max(map(len, sequences)) + 1))
-        for at in range(0, len(sequences), group):
-            part = sequences[at : at + group]
-            width = max(map(len, part)) - start
-            ids = [[*s[start:], *[0] * (width + start - len(s))] for s in part]
-            for tokens in torch.tensor(ids, device=device).split(budget, 1) if width else ():
-                self.model.hidden(tokens, cache=self.cache,
-                                  rows=slice(row + at, row + at + len(part)))
+        width = max(map(len, sequences)) - start
+        ids = [[*s[start:], *[0] * (width + start - len(s))] for s in sequences]
+        self.staging.lengths.fill_(start)
+        for tokens in torch.tensor(ids, device=device).split(_budget(device), 1) if width else ():
+            self.model.hidden(tokens, cache=self.staging)
 
-    def admit(self, requests: Sequence[Request]) -> None:
-        """Put each request behind the active rows, with all but its last prompt token cached."""
-        n = len(self.requests)
-        holders = {tuple(r.prompt_ids): row for row, r in enumerate(self.requests)}
-        fresh, copies = [], []
-        for request in requests:
-            if tuple(request.prompt_ids) in holders:
-                copies.append(request)
-            else:
-                holders[tuple(request.prompt_ids)] = n + len(fresh)
-                fresh.append(request)
-        self._prefill([r.prompt_ids[:-1] for r in fresh], n, self.prefix)
-        for row, request in enumerate(fresh + copies, n):
-            length = len(request.prompt_ids) - 1
-            if (source := holders[tuple(request.prompt_ids)]) != row:
-                self.cache.copy(source, row, self.prefix, length)
-            self.tokens[row] = request.prompt_ids[-1]
-            self.cache.lengths[row] = length
-            self.steps[row] = 0
-            # Raw Philox words: unlike numpy's distributions, their stream never changes.
-            words = np.random.Philox(key=request.seed).random_raw(self.uniforms.shape[1])
-            self.uniforms[row] = torch.from_numpy((words >> 32) / 2.0**32)
-            if self.penalty != 1:
-                self.seen[row] = False
-                self.seen[row, list(request.prompt_ids)] = True
-            self.requests.append(request)
+    def _start(self, request: Request) -> None:
+        """Put a request behind the active rows; its prompt is in the cache."""
+        row, ids = len(self.requests), tuple(request.prompt_ids)
+        self.cache.add_row(self.prompts[ids])
+        self.tokens[row] = ids[-1]
+        self.steps[row] = 0
+        # Raw Philox words: unlike numpy's distributions, their stream never changes.
+        words = np.random.Philox(key=request.seed).random_raw(self.uniforms.shape[1])
+        self.uniforms[row] = torch.from_numpy((words >> 32) / 2.0**32)
+        if self.penalty != 1:
+            self.seen[row] = False
+            self.seen[row, list(ids)] = True
+        self.requests.append(request)
+        self.turns.append(next(self.clock))
+
+    def make_room(self, queue: deque[Request]) -> None:
+        """Give every row the page it needs; if they run out, the last to be admitted give way.
+
+        They go back to the front of the queue and start again: with their seeds they write the same.
+        """
+        while self.cache.need() > self.cache.free:
+            row = self.turns.index(max(self.turns))
+            queue.appendleft(self.requests[row])
+            self._leave(row)
+        self.cache.grow()
 
     def step(self, stop: Tensor, strings: StopStrings | None,
              **sampling: float) -> list[tuple[Request, Result]]:
@@ -262,7 +306,6 @@ class _Slots:
         n = len(self.requests)
         m = -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
         hidden = self.model.hidden(self.tokens[:m, None], cache=self.cache)[:, 0]  # (m, D)
-        self.cache.lengths[n:] = self.prefix  # the filler rows write one free position, always
         if not hidden.isfinite().all():
             raise InputError("the model's activations are not finite: the checkpoint is broken, or "
                              "overflows in this dtype")
@@ -295,30 +338,44 @@ class _Slots:
 
     def _leave(self, row: int) -> None:
         """Free a row; the last active row moves into the gap."""
-        last = len(self.requests) - 1
+        last, prompt = len(self.requests) - 1, self.cache.rows[row].prompt
+        ids = tuple(self.requests[row].prompt_ids)
+        self.cache.remove_row(row)
+        if self.prompts.get(ids) is prompt and prompt.free_seats == self.cache.seats:
+            del self.prompts[ids]
         if row != last:
-            self.cache.copy(last, row, self.prefix, int(self.cache.lengths[last]))
-            for state in (self.cache.lengths, self.tokens, self.steps, self.output, self.uniforms,
-                          self.logps, self.seen):
+            for state in (self.tokens, self.steps, self.output, self.uniforms, self.logps, self.seen):
                 state[row] = state[last]
-            self.requests[row] = self.requests[last]
-        self.cache.lengths[last] = self.prefix
-        self.steps[last] = 0
+            self.requests[row], self.turns[row] = self.requests[last], self.turns[last]
         self.requests.pop()
+        self.turns.pop()
 
 
-def slots_that_fit(model: Decoder, length: int, cache_bytes: int) -> int:
-    """Cache slots of `length` tokens in `cache_bytes`; a multiple of ROW_MULTIPLE is allocated."""
-    config, width = model.config, model.compute_dtype.itemsize
-    positions = -(-length // STRIDE) * STRIDE
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
-    slot = token * positions
-    slots = cache_bytes // (slot * ROW_MULTIPLE) * ROW_MULTIPLE
-    if slots < 1:
-        raise InputError(f"a cache of {cache_bytes / 2**30:.2f} GiB has no room for {ROW_MULTIPLE} "
-                         f"sequences of {length} tokens, which take {slot * ROW_MULTIPLE / 2**30:.2f} "
-                         "GiB; raise --max_cache_memory or lower --max_new_tokens")
-    return slots
+def pages_that_fit(model: Decoder, staging: KVCache, longest: int, max_new_tokens: int,
+                   cache_bytes: int) -> int:
+    """Pages that `cache_bytes` has beside the staging slots; InputError if a row would not fit."""
+    one = page_bytes(model.config, model.compute_dtype)
+    beside = sum(tensor.nbytes for tensor in (*staging.keys, *staging.values))
+    least = SPARE_PAGES + pages_for(longest - 1) + pages_for(max_new_tokens)
+    pages = (cache_bytes - beside) // one
+    if pages < least:
+        raise InputError(f"a cache of {cache_bytes / 2**30:.2f} GiB has no room for a sequence of "
+                         f"{longest + max_new_tokens} tokens, which takes "
+                         f"{(least * one + beside) / 2**30:.2f} GiB; raise --max_cache_memory or lower "
+                         "--max_new_tokens")
+    return pages
+
+
+def _order(request: Request) -> tuple:
+    """Longest prompts first, those that begin alike together."""
+    ids = tuple(request.prompt_ids)
+    head = ids[: request.shared] if request.shared else ids
+    return -len(head), head, -len(ids), ids
+
+
+def _budget(device: torch.device) -> int:
+    """Tokens of one forward pass of a prefill."""
+    return PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
 
 
 @torch.inference_mode()
@@ -327,7 +384,7 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
              temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
              repetition_penalty: float = 1.0, stop_strings: Sequence[str] = (),
              decode: Callable[[Sequence[int]], str] | None = None,
-             return_logps: bool = False, prefix: int | None = None,
+             return_logps: bool = False, prefix: int | None = None, samples: int | None = None,
              on_finish: Callable[[Request, Result], None] | None = None,
              should_stop: Callable[[], bool] = lambda: False) -> dict[Hashable, Result]:
     """Complete every request; `on_finish` is called as each one ends.
@@ -335,12 +392,13 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
     When `should_stop` is true, asked at every step, those that have ended until then are all.
 
     `stop_strings` end a text as soon as `decode` (token ids -> text) shows one in the completion.
-    `cache_bytes` bounds the cache: as many slots as fit, each as long as the longest request, so that
-    no row ever has to give way. `prefix`: how many tokens all prompts share (`shared_prefix`, which is
-    the default). Whoever runs part of a larger set passes the larger set's number, so that the sums
-    keep their order.
+    `cache_bytes` bounds the cache. Rows take pages as they grow; when none is left, the last to be
+    admitted gives way and starts again later. `prefix`: how many tokens all prompts begin with
+    (`shared_prefix`, which is the default); `samples`: how many requests read one copy of a
+    prompt (by default all that have it, SEATS at most). Whoever runs part of a larger set passes
+    the larger set's numbers, so that the sums keep their order.
     Raises InputError for bad sampling settings, an empty prompt, a request that would outgrow the
-    model's context, and a cache without room for one slot.
+    model's context, and a cache without room for the longest one.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens)
     context = model.config.max_position_embeddings
@@ -356,28 +414,35 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
         return results
     if prefix is None:
         prefix = shared_prefix([r.prompt_ids for r in requests])
-    queue = deque(sorted(requests, key=lambda r: (-len(r.prompt_ids), tuple(r.prompt_ids))))
-    length = len(queue[0].prompt_ids) + max_new_tokens
+    queue = deque(sorted(requests, key=_order))
     slots = min(slots, len(requests))
+    device = model.head_weight.device
+    # On a GPU a prefill costs its kernel launches, so several are done at once.
+    refill = max(1, slots // 8) if device.type == "cuda" else 1
+    longest = max(len(r.prompt_ids) for r in requests)
+    group = min(refill, max(1, _budget(device) // longest))
+    staging = KVCache(model.config, group, longest, model.compute_dtype, device)
+    if samples is None:
+        samples = max(Counter(tuple(r.prompt_ids) for r in requests).values())
+    pages = SPARE_PAGES + slots * (pages_for(longest - 1) + pages_for(max_new_tokens))
     if cache_bytes is not None:
-        slots = min(slots, slots_that_fit(model, length, cache_bytes))
-    stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.head_weight.device)
+        pages = min(pages, pages_that_fit(model, staging, longest, max_new_tokens, cache_bytes))
+    stop = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
     stop[[i for i in stop_ids if i < len(stop)]] = True
     strings = None
     if stop_strings:
         if decode is None:
             raise ValueError("stop_strings need `decode`, which turns token ids into text")
         strings = StopStrings(stop_strings, decode, len(stop), stop.device)
-    # On a GPU a prefill costs its kernel launches, so several are done at once.
-    refill = max(1, slots // 8) if stop.device.type == "cuda" else 1
     training = model.training
     model.eval()
-    rows = _Slots(model, slots, length, max_new_tokens,
-                  queue[0].prompt_ids[:prefix], repetition_penalty, return_logps)
+    rows = _Rows(model, slots, pages, min(samples, SEATS), staging, max_new_tokens,
+                 queue[0].prompt_ids[:prefix], repetition_penalty, return_logps)
     while (queue or rows.requests) and not should_stop():
         free = slots - len(rows.requests)
         if queue and (free >= refill or free == slots):
-            rows.admit([queue.popleft() for _ in range(min(free, len(queue)))])
+            rows.admit(queue)
+        rows.make_room(queue)
         for request, result in rows.step(stop, strings, temperature=temperature, top_k=top_k,
                                          top_p=top_p, min_p=min_p):
             results[request.key] = result

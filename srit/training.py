@@ -1,6 +1,7 @@
 """What the two training loops share; the loops themselves stand in train/sft.py and train/dpo.py."""
 
 import ctypes
+import os
 import re
 import shutil
 import sys
@@ -47,13 +48,24 @@ def load_for_training(cfg: TrainConfig, tokenizer: Tokenizer,
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
                          f"tokens, the model only {config.vocab_size}; they do not belong together")
-    model.gradient_checkpointing = cfg.gradient_checkpointing
+    model.gradient_checkpointing = cfg.checkpoint_policy if cfg.gradient_checkpointing else None
+    if cfg.torch_compile:
+        check_compiler(device)
+        model.compile_layers()
     if device.type == "cpu":
         model.model.embed_tokens.register_forward_hook(_free_before_its_gradient)
         # Every block leaves holes in the heap that fit nothing of the next one: docs/step.md.
         for block in model.model.layers:
             block.register_forward_hook(return_free_memory)
     return model.train(), config
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError where torch.compile would find no C++ compiler, long after the start."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(f"--torch_compile True: no C++ compiler {compiler}; install it, or name "
+                         "another one by the environment variable CXX, or train without the flag")
 
 
 def longest_row(cfg: TrainConfig, config: ModelConfig) -> int:

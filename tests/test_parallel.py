@@ -1,6 +1,7 @@
 """Several processes are one: losses, gradients and weights, replicated (ddp) or sharded (fsdp)."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -109,6 +110,13 @@ def test_accumulation_checkpointing_and_the_adapter_as_reference_when_sharded(fi
     two = train(files, "dpo", tmp_path / "two", 2, parallel="fsdp", per_device_train_batch_size=1,
                 gradient_accumulation_steps=2, gradient_checkpointing=True, **settings)
     assert_same_run("dpo", one, two)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_of_a_sharded_model(files, one_process, tmp_path):
+    two = train(files, "dpo", tmp_path / "two", 2, parallel="fsdp", torch_compile=True,
+                gradient_checkpointing=True)
+    assert_same_run("dpo", one_process("dpo"), two, tolerance=1e-4)
 
 
 def test_bfloat16_sharded_follows_bfloat16_replicated(files, tmp_path):

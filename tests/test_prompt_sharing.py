@@ -22,14 +22,14 @@ def sides(size):
     return [Rendered(start + end, [False] * prompt + [True] * (common + len(end)), "") for end in ends]
 
 
-@pytest.fixture(params=["llama", "window", "checkpointing"])
+@pytest.fixture(params=["llama", "window", "block", "mlp"])
 def model(request, tmp_path):
     changes = {}
     if request.param == "window":
         changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
                    "sliding_window": 8}
     model, _ = load_model(str(tiny_checkpoint(tmp_path / "m", scale=4.0, **changes)))
-    model.gradient_checkpointing = request.param == "checkpointing"
+    model.gradient_checkpointing = request.param if request.param in ("block", "mlp") else None
     return model.train()
 
 

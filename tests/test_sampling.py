@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from tiny import CONFIG, question, tiny_checkpoint, write_rows
 
 from srit import sampling
 from srit.kernels import linear_logp
-from srit.models import Decoder, KVCache, ModelConfig
+from srit.models import Decoder, ModelConfig
 from srit.models.files import InputError
+from srit.models.paged import PagedCache
 from srit.sampling import (
     Request,
     StopStrings,
@@ -38,9 +40,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def tiny_model(dtype=torch.float32, scale=0.25) -> Decoder:
+def tiny_model(dtype=torch.float32, scale=0.25, config=CONFIG) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(ModelConfig.from_dict(CONFIG), compute_dtype=dtype)
+    model = Decoder(ModelConfig.from_dict(config), compute_dtype=dtype)
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, 0, scale)
@@ -86,8 +88,8 @@ def test_greedy_is_the_argmax_of_the_full_forward():
         assert (results[request.key].ids, results[request.key].finished) == (ids, finished)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, packed", [(torch.float32, False), (torch.float32, True),
+                                           (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0},
                                       {"temperature": 0.7, "top_k": 20},
                                       {"temperature": 1.3, "top_p": 0.9},
@@ -99,7 +101,7 @@ def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
     if packed:
         model.pack_weights()
     settings = {"stop_ids": range(3, 20), "max_new_tokens": 20,
-                "prefix": shared_prefix(prompts(9)), **sampling}
+                "prefix": shared_prefix(prompts(9)), "samples": 3, **sampling}
     expected = generate(model, all_requests, slots=8, **settings)
     assert 0 < sum(r.finished for r in expected.values()) < len(expected)
     for slots, some in ((1, all_requests[:4]), (5, all_requests[::-1]), (64, all_requests),
@@ -108,22 +110,71 @@ def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
         assert results == {r.key: expected[r.key] for r in some}
 
 
-def test_a_cache_of_any_size_gives_the_same_texts(monkeypatch):
-    """A stated size means fewer slots; one without room for a group of rows is an error."""
-    model = tiny_model()
-    settings = {"stop_ids": range(3, 20), "max_new_tokens": 20, "temperature": 1.0}
-    expected = generate(model, requests(9, 3), slots=64, **settings)
-    sizes = []
-    monkeypatch.setattr(sampling, "KVCache",
-                        lambda *a: sizes.append(cache := KVCache(*a)) or cache)
+def cache_bytes(pages: int, longest: int) -> int:
+    """Of a cache of so many pages beside the prefill's own for the longest prompt; two are spare."""
     token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, bytes
-    for slots in (8, 16, 24):
-        limit = slots * 64 * token  # 64: 28 prompt tokens and 20 new ones, in strides of 32
-        assert generate(model, requests(9, 3), slots=64, cache_bytes=limit, **settings) == expected
-        cache = sizes[-1]
-        assert sum(t.nbytes for t in (*cache.keys, *cache.values)) == limit
-    with pytest.raises(InputError, match="no room for 8 sequences of .* raise --max_cache_memory"):
-        generate(model, requests(9, 3), cache_bytes=8 * 64 * token - 1, **settings)
+    return token * (32 * (2 + pages) + -(-longest // 32) * 32)
+
+
+def test_too_small_a_cache_is_named():
+    model, settings = tiny_model(), {"stop_ids": [], "max_new_tokens": 70}
+    longest, least = max(map(len, prompts(9))), 1 + 3  # a page of a prompt, 70 tokens of an answer
+    results = generate(model, requests(9, 1), cache_bytes=cache_bytes(least, longest), **settings)
+    assert len(results) == 9
+    with pytest.raises(InputError, match="no room for a sequence of 97 .* raise --max_cache_memory"):
+        generate(model, requests(9, 1), cache_bytes=cache_bytes(least, longest) - 1, **settings)
+
+
+def fuzz_case(seed: int, model: Decoder) -> int:
+    """Random prompts, samples, orders, stops, slots and cache sizes: each text is as if alone.
+
+    Returns how many rows gave way for lack of pages.
+    """
+    pick = random.Random(seed)
+    samples, heads = pick.randint(1, 5), [[pick.randrange(20, V) for _ in range(pick.randint(0, 40))]
+                                          for _ in range(3)]
+    texts = []
+    for head in heads:
+        tails = [[pick.randrange(20, V) for _ in range(pick.randint(1, 40))]
+                 for _ in range(pick.randint(1, 4))]
+        texts += [(tuple(head + tail), len(head) if pick.random() < 0.7 else 0) for tail in tails]
+    wanted = [Request((i, s), ids, request_seed(seed, i, s), shared)
+              for i, (ids, shared) in enumerate(texts) for s in range(samples)]
+    common = {"prefix": shared_prefix([ids for ids, _ in texts]),
+              "samples": pick.randint(1, samples),  # with fewer, several copies of a prompt
+              "stop_ids": range(3, 3 + pick.choice([0, 1, 4, 16])),
+              "max_new_tokens": pick.choice([1, 33, 70, 100]),
+              "temperature": pick.choice([0.0, 0.8, 1.5]), "top_k": pick.choice([0, 0, 15]),
+              "top_p": pick.choice([1.0, 0.8]), "repetition_penalty": pick.choice([1.0, 1.3]),
+              "stop_strings": pick.choice([[], ["ga", "da"]]), "decode": spell, "return_logps": True}
+    alone = {r.key: generate(model, [r], slots=1, **common)[r.key] for r in wanted}
+    left, remove, gave_way = [], PagedCache.remove_row, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PagedCache, "remove_row", lambda *a: (left.append(a), remove(*a)))
+        for _ in range(3):
+            pick.shuffle(wanted)
+            some, finished = wanted[: pick.randint(1, len(wanted))], []
+            longest = max(len(r.prompt_ids) for r in some)
+            least = -(-(longest - 1) // 32) - (-common["max_new_tokens"] // 32)
+            pages = pick.choice([least, least + 1, least + pick.randint(0, 20), 200])
+            results = generate(model, some, slots=pick.randint(1, 24),
+                               cache_bytes=cache_bytes(pages, longest), **common,
+                               on_finish=lambda r, _, finished=finished: finished.append(r.key))
+            assert results == {r.key: alone[r.key] for r in some}, seed
+            assert sorted(finished) == sorted(r.key for r in some), seed
+            gave_way += len(left) - len(some)
+            left.clear()
+    return gave_way
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("cases", [8, pytest.param(400, marks=pytest.mark.fuzz)])
+def test_any_order_size_and_stop_gives_the_text_of_the_request_alone(cases, window):
+    config = CONFIG | ({"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+                        "sliding_window": window} if window else {})
+    model = tiny_model(config=config)
+    model.pack_weights()
+    assert sum(fuzz_case(seed, model) for seed in range(cases)) > 0  # some had to start again
 
 
 def test_a_long_prompt_is_read_in_parts(monkeypatch):

@@ -127,7 +127,8 @@ def test_dpo_resume_is_bitwise(tiny, tmp_path, settings):
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     {"per_device_train_batch_size": 4, "use_peft": True},
     {"per_device_train_batch_size": 4, "use_peft": True, "precompute_ref_log_probs": False},
-    {"per_device_train_batch_size": 4, "gradient_checkpointing": True}])
+    {"per_device_train_batch_size": 4, "gradient_checkpointing": True},
+    {"per_device_train_batch_size": 4, "gradient_checkpointing": True, "checkpoint_policy": "mlp"}])
 def test_a5_a6_step_zero_is_exactly_ln_2(tiny, tmp_path, settings, dtype):
     """Policy == reference, in every layout: loss ln 2 and rewards 0, to the last bit."""
     out = run_dpo(tiny, tmp_path, "out", max_steps=3, dtype=dtype, **{**settings,
