@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from srit.models.attention import Layout, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
-from srit.models.ops import gated, pack, packed_linear, remade, rms_norm
+from srit.models.ops import gated, remade, rms_norm, rotate
+from srit.models.packed import PackedBlock, PackedLinear
 from srit.models.paged import PagedCache
 
 # What a block keeps for its backward: all that autograd asks for (or, without gradients, nothing); not
@@ -31,12 +32,8 @@ Keep = Literal["all", "costly", "attention"]
 class Linear(nn.Linear):
     """A linear layer in the dtype of its input."""
 
-    packed: Tensor | None = None  # see Decoder.pack_weights
-
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.packed is not None:
-            return packed_linear(x, self.packed, bias)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
@@ -59,6 +56,7 @@ class Attention(nn.Module):
         self.window, self.scale = config.windows[layer], config.attention_scale
         D, hd = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads = heads, kv_heads, kv_heads  # of queries, keys and values
         self.q_proj = Linear(D, heads * hd, bias=config.qkv_bias)
         self.k_proj = Linear(D, kv_heads * hd, bias=config.qkv_bias)
         self.v_proj = Linear(D, kv_heads * hd, bias=config.qkv_bias)
@@ -168,7 +166,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.gradient_checkpointing: Literal["block", "mlp"] | None = None
-        self.packed_head: Tensor | None = None
+        self.packed_head: PackedLinear | None = None
         self.model = Body(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -182,20 +180,19 @@ class Decoder(nn.Module):
     def pack_weights(self) -> None:
         """Lay out the weights on a CPU for inference, for good: no training, no saving after this.
 
-        A matrix product first copies the weight into the order that its kernel reads. In training a
-        copy serves thousands of tokens; a decoding step, with one token a row, would copy every
-        weight each time. The layers' own weights go, so that memory holds one copy (of the head,
+        See models/packed.py. The layers' own weights go, so that memory holds one copy (of the head,
         which is also the embedding or scores options, it holds two). Elsewhere this does nothing.
         """
         if self.head_weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return
         self.requires_grad_(False)
-        self.packed_head = pack(self.head_weight.to(self.compute_dtype))
+        self.packed_head = PackedLinear(self.head_weight.to(self.compute_dtype))
         for block in self.model.layers:
+            packed = PackedBlock(block, self.compute_dtype)
+            block.before, block.after = packed.before, packed.after
             for module in block.modules():
                 if isinstance(module, Linear):
-                    module.packed = pack(module.weight.to(self.compute_dtype))
-                    module.weight = None
+                    module.weight = module.bias = None
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """torch.compile what every block computes of each token alone, once for all blocks and lengths.
@@ -214,7 +211,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) in float32."""
         if self.packed_head is not None:
-            return packed_linear(hidden, self.packed_head).float()
+            return self.packed_head(hidden).float()
         return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None,
@@ -288,9 +285,3 @@ def rope_tables(rope: Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, T
         frequencies = (1 - blend) * frequencies / rope.factor + blend * frequencies
     angles = positions[:, :, None, None].float() * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, H, hd), halves paired as in Hugging Face; float32 inside."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""RMSNorm and the gated activation, keeping for the backward only what is there anyway.
+"""RMSNorm, gated activation and rotary embedding, keeping for the backward only what is there anyway.
 
 Autograd would keep every intermediate of these elementwise chains, in bfloat16 also the float32 copies.
 Here the backward makes them again from the inputs. In a compiled layer the compiler decides that: these
@@ -54,15 +54,11 @@ def remade(value: Tensor, make: Callable[[], Tensor], when: bool) -> AbstractCon
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight (out, in) in the order that oneDNN's product reads; only `packed_linear` can use it."""
-    rows = 64  # the layout is chosen for so many; other numbers run about as fast
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-
-
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear with a packed weight. A row's sums do not depend on the other rows (tested)."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, H, hd), halves paired as in Hugging Face; float32 inside."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)),
+                     -1).to(x.dtype)
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,8 @@ CDF_BLOCK = 256
 NUCLEUS = 256  # likeliest tokens looked at before a row's whole vocabulary is sorted for top_p
 SEATS = 8  # rows that read one copy of a prompt at most
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}
+# Rows of one draw: what a CPU gives back after large tensors, it must fault in again.
+DRAW_ROWS = {"cuda": 4096, "cpu": 16}
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,9 @@ class _Rows:
         logits = self.model.logits(hidden)[:n]  # (n, V)
         index, steps = self.index[:n], self.steps[:n]
         wanted = penalise(logits, self.seen[:n], self.penalty) if self.penalty != 1 else logits
-        token = pick(wanted, self.uniforms[index, steps], **sampling)
+        parts = DRAW_ROWS.get(hidden.device.type, DRAW_ROWS["cuda"])
+        draws = zip(wanted.split(parts), self.uniforms[index, steps].split(parts), strict=True)
+        token = torch.cat([pick(*draw, **sampling) for draw in draws])
         if self.penalty != 1:
             self.seen[index, token] = True
         if self.return_logps:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from srit.models.ops import gated, pack, packed_linear, rms_norm
+from srit.models.ops import gated, rms_norm, rotate
+from srit.models.packed import PackedLinear
 
 
 def definition_norm(x, weight, eps):
@@ -56,15 +57,35 @@ def test_only_inputs_are_kept():
     assert all(t.data_ptr() in known or t.numel() <= 64 for t in kept) and len(kept) == 5
 
 
+def test_rotate():
+    x, cos, sin = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 4), torch.randn(2, 5, 1, 4)
+
+    def definition(x):
+        turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.complex(cos, sin).to(
+            torch.complex128)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    compare(lambda x: rotate(x, cos, sin), definition, [x.requires_grad_()])
+
+
+@pytest.mark.parametrize("then", ["none", "swish", "add", "mul"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("out,size", [(16, 8), (97, 33), (192, 64), (40, 24)])
-def test_a_packed_product_is_linear_and_knows_no_neighbours(out, size, dtype):
-    weight, bias, x = (torch.randn(*s).to(dtype) for s in ((out, size), (out,), (128, size)))
-    packed = pack(weight)
-    want = F.linear(x.double(), weight.double(), bias.double())
-    got = packed_linear(x[None], packed, bias)[0]
+def test_a_packed_product_is_linear_and_knows_no_neighbours(out, size, dtype, then):
+    weight, bias, x, other = (torch.randn(*s).to(dtype)
+                              for s in ((out, size), (out,), (128, size), (128, out)))
+    packed = PackedLinear(weight, bias)
+
+    def product(rows):
+        if then in ("add", "mul"):
+            return packed.with_other(x[None, rows], then, other[None, rows])[0]
+        return packed(x[None, rows], then)[0]
+
+    plain = F.linear(x.double(), weight.double(), bias.double())
+    want = {"none": plain, "swish": F.silu(plain), "add": plain + other, "mul": plain * other}[then]
+    got = product(slice(None))
     assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
-    alone = torch.cat([packed_linear(x[i : i + 8], packed, bias) for i in range(0, 128, 8)])
+    alone = torch.cat([product(slice(i, i + 8)) for i in range(0, 128, 8)])
     shuffled = torch.randperm(128)
     for rows in (torch.arange(24), torch.arange(40, 96), shuffled, shuffled[:64]):
-        assert torch.equal(packed_linear(x[rows], packed, bias), alone[rows])
+        assert torch.equal(product(rows), alone[rows])
