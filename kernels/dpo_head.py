@@ -103,7 +103,7 @@ def segment_sum(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     if use_triton(logps.device):
         from srit.kernels.dpo_head_triton import SegmentSum
 
-        return SegmentSum.apply(logps, cu_seqlens.to(logps.device))
+        return SegmentSum.apply(logps, cu_seqlens.to(logps.device, non_blocking=True))
     return _segment_sum_torch(logps, cu_seqlens)
 
 
@@ -147,7 +147,7 @@ def dpo_head(
             f"dpo_head needs cu_seqlens (2B + 1,) and ref_logps (2B,), got"
             f" {tuple(cu_seqlens.shape)} and {tuple(ref_logps.shape)}"
         )
-    arguments = logps, cu_seqlens.to(logps.device), ref_logps
+    arguments = logps, cu_seqlens.to(logps.device, non_blocking=True), ref_logps
     settings = beta, loss_type, label_smoothing, rpo_alpha
     if use_triton(logps.device):
         from srit.kernels.dpo_head_triton import run_head

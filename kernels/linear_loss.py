@@ -126,7 +126,7 @@ def linear_dpo(
     _check_reference(ref_logps, ref_hidden, hidden, weight, offsets)
     check_segments(targets, cu_seqlens.cpu())
     x, w = operands(hidden, weight)
-    targets, cu_seqlens = targets.contiguous(), cu_seqlens.to(x.device)
+    targets, cu_seqlens = targets.contiguous(), cu_seqlens.to(x.device, non_blocking=True)
     dx, dw = _gradients(hidden, weight, x, w)
     sides = 1 if ref_hidden is None else 2
     limit = chunk_limit(x, len(w), chunk_bytes) // sides

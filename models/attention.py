@@ -4,11 +4,13 @@ Legend: B batch, T queries, S keys, H heads, K key/value heads, hd head dimensio
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srit.models import varlen
 from srit.models.cache import STRIDE, KVCache
 from srit.models.paged import PagedCache, Step
 
@@ -38,6 +40,10 @@ class Layout:
             self.lengths = self.cu_seqlens.diff().tolist()
             none = self.prefixes is None
             self.parents = [-1] * len(self.lengths) if none else self.prefixes.tolist()
+
+    @cached_property
+    def stream(self) -> varlen.Stream:
+        return varlen.make_stream(self.lengths, self.parents, self.positions.device)
 
     def mask(self, window: int | None, T: int) -> Tensor | None:
         """Boolean mask, True = sees; None when plain causal attention says it all."""
@@ -87,10 +93,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: 
     if layout.step is not None:
         out = layout.cache.attend(q[:, 0], k[:, 0], v[:, 0], layout.step, layer, window, scale)
         return [out[:, None]]
+    packed = layout.cu_seqlens is not None
+    if packed and varlen.usable(q.device, q.dtype, q.shape[-1], window):
+        return [varlen.attend(q[0], k[0], v[0], layout.stream, window, scale)[None]]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, hd)
     if layout.cache is not None:
         parts = [_cached(q, k, v, layout, layer, window, scale)]
-    elif layout.cu_seqlens is not None:
+    elif packed:
         parts = _packed(q, k, v, layout, window, scale)
     else:
         mask = layout.mask(window, q.shape[2])

@@ -54,6 +54,11 @@ def remade(value: Tensor, make: Callable[[], Tensor], when: bool) -> AbstractCon
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting: one from unpinned memory would wait for all that the GPU has queued."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, hd), halves paired as in Hugging Face; float32 inside."""
     a, b = x.float().chunk(2, -1)

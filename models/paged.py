@@ -3,8 +3,9 @@
 A decoding row is a prompt, in pages that up to `seats` rows read, and what it wrote itself, in pages
 of its own. Both kinds lie in one pool, prompts from its front, own pages from its back, so that a
 step reads each as one block, in place: every page is one small matrix product with the queries of its
-readers, and a row then joins the partial sums of its pages. The sums of a page and their order in a
-row depend on that row alone, wherever its pages lie and whoever else decodes.
+readers, and a row then joins the partial sums of its pages. A Triton kernel (where kernels/dispatch.py
+says so) walks each row's pages instead. Either way the sums of a page and their order in a row depend
+on that row alone, wherever its pages lie and whoever else decodes.
 
 Who holds which page is kept in numpy on the host; a step takes it to the device once.
 
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srit.kernels.dispatch import use_triton
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig
+from srit.models.ops import to_device
 
 PAGE = 32  # positions of a page
 SPARE_PAGES = 2  # of a pool, set aside
@@ -76,17 +79,34 @@ class _Region:
 
 
 @dataclass
-class Step:
-    """What a step's layers share."""
+class Walk:
+    """The pages of every row, for the kernel that walks them; (m,) int32 each."""
 
-    page: Tensor  # (m,) of the pool that the new keys and values go to, at
-    offset: Tensor  # (m,)
+    pages: Tensor  # (m, W) of the pool
+    prompt_pages: Tensor  # how many of them are the prompt's
+    starts: Tensor  # tokens in those
+    lengths: Tensor  # all tokens, the new one too
+
+
+@dataclass
+class Products:
+    """Every page with its readers, for one batched product over each kind of page."""
+
     prompt_readers: Tensor  # (prompt pages * F,) rows
     own_readers: Tensor  # (own pages,) rows
     lines: Tensor  # (m, H, W) a row's pages, in order, among the partial sums of all
     missing: Tensor  # (m, 1, W): 0, or -inf where a row has fewer pages
     prompt_seen: dict[int | None, Tensor]  # window -> (prompt pages * K, F * g, PAGE), 0 or HIDDEN
     own_seen: dict[int | None, Tensor]  # window -> (own pages * K, g, PAGE)
+
+
+@dataclass
+class Step:
+    """What a step's layers share."""
+
+    page: Tensor  # (m,) of the pool that the new keys and values go to, at
+    offset: Tensor  # (m,)
+    reading: Walk | Products
 
 
 class PagedCache:
@@ -186,11 +206,21 @@ class PagedCache:
 
     def begin(self, m: int) -> Step:
         """The step that writes one token in each of the first m rows."""
+        page = self.pages - 1 - self.last_page[:m]
+        offset = (self.lengths[:m] - self.starts[:m]) % PAGE
+        reading = self._walk(m) if use_triton(self.device) else self._products(m)
+        return Step(self._tensor(page), self._tensor(offset), reading)
+
+    def _walk(self, m: int) -> Walk:
+        table = self.table[:m, : int(self.counts[:m].max())]
+        pages = np.where(table < 0, self.pages + table, table // self.seats)
+        arrays = pages, (table >= 0).sum(1), self.starts[:m], self.lengths[:m] + 1
+        return Walk(*(self._tensor(array.astype(np.int32)) for array in arrays))
+
+    def _products(self, m: int) -> Products:
         cfg = self.config
         H = cfg.num_attention_heads
         front, back = self.prompts.size, self.own.size
-        page = self.pages - 1 - self.last_page[:m]
-        offset = (self.lengths[:m] - self.starts[:m]) % PAGE
         # Own pages lie in the pool from its end: page p of the last `back` ones is at back - 1 - p.
         table = self.table[:m, : -(-int(self.counts[:m].max()) // 16) * 16]
         lines = np.where(table < 0, front * self.seats + back + table, table)
@@ -213,8 +243,8 @@ class PagedCache:
             if window is not None:
                 seen &= at > self.lengths[own][:, None] - window
             own_seen[window] = self._scores(seen[:, None], 1)
-        arrays = page, offset, readers.ravel(), own, lines, missing
-        return Step(*map(self._tensor, arrays), prompt_seen, own_seen)
+        arrays = readers.ravel(), own, lines, missing
+        return Products(*map(self._tensor, arrays), prompt_seen, own_seen)
 
     def positions(self, m: int) -> Tensor:
         """Of the next tokens, (m, 1)."""
@@ -226,13 +256,23 @@ class PagedCache:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int, window: int | None,
                scale: float) -> Tensor:
-        """Write k, v (m, K, hd) and attend: q (m, H, hd) -> (m, H, hd)."""
-        m, H, hd = q.shape
+        """Write k, v (m, K, hd), then attend: q (m, H, hd) -> (m, H, hd)."""
         keys, values = self.keys[layer], self.values[layer]
         keys[step.page, :, step.offset] = k
         values[step.page, :, :, step.offset] = v
+        if isinstance(step.reading, Products):
+            return self._by_products(q, keys, values, step.reading, window, scale)
+        from srit.kernels.paged_attention_triton import paged_attention
+
+        walk = step.reading
+        return paged_attention(q, keys, values, walk.pages, walk.prompt_pages, walk.starts,
+                               walk.lengths, window, scale)
+
+    def _by_products(self, q: Tensor, keys: Tensor, values: Tensor, step: Products, window: int | None,
+                     scale: float) -> Tensor:
+        m, H, hd = q.shape
         front, back, seats = self.prompts.size, self.own.size, self.seats
-        K, g = k.shape[1], H // k.shape[1]
+        K, g = keys.shape[1], H // keys.shape[1]
         sums = torch.empty(front * seats + back, K, g, hd, device=q.device)  # a line for every reader
         tops, shares = [], []  # the largest score and the largest probability of every line
         flat = q.reshape(m, H * hd)
@@ -249,7 +289,7 @@ class PagedCache:
             probs = scores.softmax(-1)
             tops.append(scores.amax(-1).transpose(1, 2).reshape(-1))
             shares.append(probs.amax(-1).transpose(1, 2).reshape(-1))
-            weighed = torch.bmm(probs.view(-1, fan * g, PAGE).to(v.dtype),
+            weighed = torch.bmm(probs.view(-1, fan * g, PAGE).to(q.dtype),
                                 values[part].flatten(0, 1).transpose(1, 2))
             out.view(-1, fan, K, g, hd).copy_(weighed.view(-1, K, fan, g, hd).transpose(1, 2))
         # A page's exponentials sum to exp(top) / share: by that its part in the row is weighed.
@@ -321,4 +361,4 @@ class PagedCache:
         return scores.expand(-1, K, fan, g, -1).reshape(-1, fan * g, PAGE)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return to_device(torch.from_numpy(np.ascontiguousarray(array)), self.device)

@@ -6,10 +6,13 @@ Legend: N tokens of a packed stream, S sequences in it, M trained (completion) t
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from srit.models.ops import to_device
 from srit.prompts import Rendered
 
 
@@ -31,9 +34,11 @@ class Batch:
     num_tokens: int  # of all sequences, shared or not
 
     def to(self, device: torch.device) -> "Batch":
-        """With what the GPU computes on; boundaries stay where reading them waits for nothing."""
-        moved = {name: getattr(self, name).to(device)
+        """With what the GPU computes on there. Boundaries stay, for the host reads them."""
+        moved = {name: to_device(getattr(self, name), device)
                  for name in ("input_ids", "positions", "rows", "targets")}
+        if device.type == "cuda":
+            moved["cu_targets"] = self.cu_targets.pin_memory()
         return replace(self, **moved)
 
 
@@ -55,43 +60,43 @@ def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:
     The shift by one between a token and the position that predicts it happens here and nowhere
     else. The first token of a sequence has no predecessor and is never trained.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
+    ids, positions, rows, targets = [], [], [], []  # arrays to be joined
     starts, prefixes, target_starts, num_tokens = [0], [], [0], 0
 
-    def add(segment: Sequence[int], position: int, parent: int) -> None:
-        ids.extend(segment)
-        positions.extend(range(position, position + len(segment)))
-        starts.append(len(ids))
+    def add(segment: np.ndarray, position: int, parent: int) -> None:
+        ids.append(segment)
+        positions.append(np.arange(position, position + len(segment)))
+        starts.append(starts[-1] + len(segment))
         prefixes.append(parent)
 
     for group in groups:
-        shared, parent, beginning = shared_length(group), -1, len(ids)
+        shared, parent, beginning = shared_length(group), -1, starts[-1]
         if shared:
             parent = len(prefixes)
-            add(group[0].ids[:shared], 0, -1)
+            add(np.array(group[0].ids[:shared], np.int64), 0, -1)
         for sequence in group:
-            # Where token i of the sequence stands: in the beginning, or after `offset`.
-            offset = len(ids) - shared
-            for i, trained in enumerate(sequence.mask):
-                if trained and i > 0:
-                    rows.append(i - 1 + (beginning if i - 1 < shared else offset))
-                    targets.append(sequence.ids[i])
-            add(sequence.ids[shared:], shared, parent)
-            target_starts.append(len(rows))
-            num_tokens += len(sequence.ids)
+            tokens = np.array(sequence.ids, np.int64)
+            trained = np.flatnonzero(sequence.mask[1:])  # counted from the token before
+            # Where a token of the sequence stands: in the beginning, or at the end of the stream.
+            rows.append(trained + np.where(trained < shared, beginning, starts[-1] - shared))
+            targets.append(tokens[trained + 1])
+            target_starts.append(target_starts[-1] + len(trained))
+            add(tokens[shared:], shared, parent)
+            num_tokens += len(tokens)
     return Batch(
-        input_ids=torch.tensor(ids)[None],
-        positions=torch.tensor(positions)[None],
+        input_ids=_joined(ids)[None],
+        positions=_joined(positions)[None],
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         prefixes=torch.tensor(prefixes, dtype=torch.int32),
-        rows=torch.tensor(rows, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
+        rows=_joined(rows),
+        targets=_joined(targets),
         cu_targets=torch.tensor(target_starts, dtype=torch.int32),
         num_tokens=num_tokens,
     )
+
+
+def _joined(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays]))
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -145,10 +150,7 @@ class Schedule:
         return max_steps if max_steps > 0 else max(1, round(epochs * self.steps_per_epoch))
 
     def order(self, epoch: int) -> list[int]:
-        units = list(range(self.n_units))
-        if self.shuffle:
-            random.Random(f"{self.seed} {epoch}").shuffle(units)
-        return units
+        return _order(self.n_units, f"{self.seed} {epoch}" if self.shuffle else None)
 
     def step(self, step: int, rank: int = 0) -> list[list[int]]:
         """The micro-batches of `rank` at optimizer step `step`; some may be empty."""
@@ -161,3 +163,11 @@ class Schedule:
     def rows(self, step: int, rank: int, units: Sequence[Sequence[int]]) -> list[list[int]]:
         """`step` with units opened: the rows of every micro-batch."""
         return [[i for unit in batch for i in units[unit]] for batch in self.step(step, rank)]
+
+
+@lru_cache(maxsize=2)  # asked for at every step, by every rank
+def _order(n_units: int, seed: str | None) -> list[int]:
+    units = list(range(n_units))
+    if seed is not None:
+        random.Random(seed).shuffle(units)
+    return units

@@ -50,7 +50,7 @@ def pair_logps(model: Decoder, batch: Batch) -> Tensor:
 
 def reference_logps(model: Decoder, pairs: Sequence[Pair], micro_batches: Iterable[list[int]],
                     reference: str, cache: Path, device: torch.device) -> Tensor:
-    """(P, 2) reference log-probs of all pairs that `micro_batches` name; the others are NaN.
+    """(P, 2) reference log-probs of all pairs that `micro_batches` name, on the CPU; others are NaN.
 
     `micro_batches` must be the ones that training will use first: matrix products round differently
     in differently shaped batches, and only the same shape gives a margin of exactly 0, and a loss
@@ -65,18 +65,20 @@ def reference_logps(model: Decoder, pairs: Sequence[Pair], micro_batches: Iterab
     wanted = [rows for rows in micro_batches if rows]
     missing = [rows for rows in wanted if any(keys[i] not in known for i in rows)]
     model.eval()
-    own = dist.in_step(missing, [0])
+    own, computed = dist.in_step(missing, [0]), []
     for rows, weight in tqdm(own, desc="reference", disable=dist.rank() != 0, dynamic_ncols=True):
         batch = collate_pairs([pairs[i] for i in rows]).to(device)
-        values = pair_logps(model, batch).view(-1, 2).tolist()
+        values = pair_logps(model, batch).view(-1, 2)
         if weight:  # else only to keep step with the other ranks
-            known |= {keys[i]: logps for i, logps in zip(rows, values, strict=True)}
+            computed.append((rows, values))
+    for rows, values in computed:  # only now: reading one waits for the device
+        known |= {keys[i]: logps for i, logps in zip(rows, values.tolist(), strict=True)}
     model.train()
     dist.end_scoring(model)
     for rows in wanted:
         for i in rows:
             result[i] = torch.tensor(known[keys[i]])
-    result = _gather(result.to(device))
+    result = _gather(result.to(device)).cpu()
     if dist.rank() == 0 and own:
         with atomic_write(cache) as handle:
             for key, logps in zip(keys, result.tolist(), strict=True):

@@ -17,13 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from srit.kernels import dpo_head_triton, row_pass_triton, scoring_triton
+from srit.kernels import dpo_head_triton, paged_attention_triton, row_pass_triton, scoring_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {"targets_ptr": "*i64", "cu_ptr": "*i64", "n": "i32"}
+TYPES = {"targets_ptr": "*i64", "cu_ptr": "*i64", "n": "i32", "W": "i32", "scale": "fp32",
+         **dict.fromkeys(("pages_ptr", "prompt_pages_ptr", "starts_ptr", "lengths_ptr"), "*i32")}
 FLOATS = ("beta", "tilt", "rpo_alpha")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARIES = [(v, 32 * triton.cdiv(v, 32)) for v in (65, 32003, 49152, 128256, 151936)]  # and stride
+# (key/value heads, queries of each, head size): SmolLM2-135M, Llama-3.2-1B, Qwen2.5-1.5B, Gemma 3
+ATTENTION = [(3, 3, 64), (8, 4, 64), (2, 6, 128), (1, 4, 256)]
 # (vocabulary, D): a ragged one, then those of SmolLM2-135M, Llama-3.2-1B, Qwen2.5-7B
 HEADS = [(32003, 896), (49152, 576), (128256, 2048), (152064, 3584)]
 ACCESS = r"(?:ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)"  # 1: elements, 2: bits of one
@@ -45,6 +48,8 @@ def variants(arch: int) -> Iterator[Variant]:
             yield from row_pass_variants(dtype, vocab, width)
         for vocab, d in HEADS if dtype == "bf16" else HEADS[:2]:
             yield from scoring_variants(dtype, vocab, d, arch)
+        for heads in ATTENTION if dtype == "bf16" else ATTENTION[:1]:
+            yield from paged_attention_variants(dtype, *heads)
         options = {"num_warps": 8}
         yield Variant(row_pass_triton.multiply_kernel, dtype, {"BLOCK": row_pass_triton.BLOCK}, options)
     block, options = {"BLOCK": dpo_head_triton.BLOCK}, {"num_warps": dpo_head_triton.NUM_WARPS}
@@ -85,6 +90,13 @@ def scoring_variants(dtype: str, vocab: int, d: int, arch: int) -> Iterator[Vari
         yield Variant(scoring_triton.merge_kernel, dtype, merge, {"num_warps": 4})
 
 
+def paged_attention_variants(dtype: str, kv_heads: int, group: int, size: int) -> Iterator[Variant]:
+    for window in (0, 512):
+        constants = {"WINDOW": window, "PAGE": 32, "WIDEN": False,
+                     **paged_attention_triton.shape_constants(kv_heads, group, size)}
+        yield Variant(paged_attention_triton.paged_attention_kernel, dtype, constants, {"num_warps": 4})
+
+
 def argument_type(name: str, variant: Variant) -> str:
     if name in variant.constants:
         return "constexpr"
@@ -92,7 +104,7 @@ def argument_type(name: str, variant: Variant) -> str:
         return variant.descriptors[name]
     if name in FLOATS:
         return "fp32"
-    wide = {"raw_ptr", "x_ptr", "w_ptr", "x", "w"}
+    wide = {"raw_ptr", "x_ptr", "w_ptr", "x", "w", "q_ptr", "keys_ptr", "values_ptr", "out_ptr"}
     return TYPES.get(name, "*" + (variant.dtype if name in wide else "fp32"))
 
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("aot.py")
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have
 NAMES = {"logp_kernel", "grad_kernel", "multiply_kernel", "segment_sum_kernel", "head_kernel",
-         "partials_kernel", "merge_kernel"}  # fmt: skip
+         "partials_kernel", "merge_kernel", "paged_attention_kernel"}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -33,6 +33,10 @@ def test_kernels_compile_to_what_is_meant(arch):
             assert bool(b["wgmma"]) == (half and arch == 90), b
             assert bool(b["mma"]) == (half and arch == 80), b
             assert bool(b["tma"]) == b["TMA"], b
+            continue
+        if b["kernel"] == "paged_attention_kernel":
+            assert bool(b["mma"]) == (b["dtype"] != "fp32"), b
+            assert b["registers"] <= 255 and b["widest_access_bits"] == 128, b
             continue
         capped = b.get("SOFTCAP", 0) != 0
         assert b["registers"] <= (80 if capped else 64), b  # 8 warps of 64 registers: 4 programs an SM

@@ -88,6 +88,18 @@ def test_greedy_is_the_argmax_of_the_full_forward():
         assert (results[request.key].ids, results[request.key].finished) == (ids, finished)
 
 
+def test_with_the_kernel_too(monkeypatch):
+    monkeypatch.setenv("SRIT_KERNELS", "triton")
+    model, stop, some = tiny_model(), set(range(3, 9)), requests(3)
+    results = generate(model, some, stop_ids=stop, max_new_tokens=8, slots=4)
+    for request in some:
+        ids, finished = greedy_by_full_forward(model, request.prompt_ids, stop, 8)
+        assert (results[request.key].ids, results[request.key].finished) == (ids, finished)
+    settings = {"stop_ids": stop, "max_new_tokens": 8, "temperature": 1.0}
+    assert (generate(model, some, slots=4, **settings)
+            == generate(model, some[::-1], slots=2, **settings))
+
+
 @pytest.mark.parametrize("dtype, packed", [(torch.float32, False), (torch.float32, True),
                                            (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0},

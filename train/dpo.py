@@ -27,6 +27,7 @@ from srit.log import MetricsLog
 from srit.losses import linear_dpo, trained_hidden
 from srit.models import Decoder
 from srit.models.lora import disabled
+from srit.models.ops import to_device
 from srit.reference import collate_pairs, model_hash, reference_logps
 from srit.rows import Pair, read_pairs
 from srit.runs import claim_output_dir, write_run
@@ -72,7 +73,7 @@ def evaluate(model: Decoder, pairs: list[Pair], ref: Tensor, micro_batches: list
     own = micro_batches[dist.rank() :: dist.world_size()]
     for rows, weight in dist.in_step(own, micro_batches[0]):
         batch = collate_pairs([pairs[i] for i in rows]).to(device)
-        sums += weight * score(model, batch, ref[rows].flatten(), cfg)[1]
+        sums += weight * score(model, batch, to_device(ref[rows].flatten(), device), cfg)[1]
     model.train()
     dist.end_scoring(model)
     means = (dist.all_reduce_sum(sums) / len(pairs)).tolist()
@@ -105,7 +106,7 @@ def main(cfg: DPOConfig) -> None:
     schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, dist.world_size(),
                         cfg.seed, cfg.shuffle_dataset)
     total = schedule.total_steps(cfg.num_train_epochs, cfg.max_steps)
-    ref = held_ref = torch.empty(0, 2, device=device)
+    ref = held_ref = torch.empty(0, 2)
     if cfg.precompute_ref_log_probs:
         first_epoch = [rows for step in range(min(total, schedule.steps_per_epoch))
                        for rows in schedule.rows(step, dist.rank(), units)]
@@ -128,7 +129,9 @@ def main(cfg: DPOConfig) -> None:
         sums = torch.zeros(len(METRICS), device=device)
         for rows, weight in opt.passes(micro):
             batch = collate_pairs([train[i] for i in rows]).to(device)
-            known = ref[rows].flatten() if cfg.precompute_ref_log_probs else None
+            known = None
+            if cfg.precompute_ref_log_probs:
+                known = to_device(ref[rows].flatten(), device)
             loss, metrics = score(model, batch, known, cfg, scale=weight / n_pairs)
             loss.backward()
             sums += weight * metrics

@@ -1,0 +1,125 @@
+"""Attention over a packed stream in one call: torch's `varlen_attn`, which is FlashAttention.
+
+A segment that continues another one sees all of it before itself. So the keys and values of the call
+are the stream's, but that each continued segment stands again in front of those that continue it;
+causal attention with more keys than queries lets the last query see the last key.
+
+The function is new in torch and has changed with every release, so it is tried before it is trusted:
+once a dtype, head size and window, on a small stream, forward and backward. If it fails, segments go
+one by one, and a warning says so.
+
+Legend: N tokens of the stream, N' tokens with continued segments repeated, H heads, K key/value heads,
+hd head dimension.
+"""
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from srit.models.ops import to_device
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+@dataclass
+class Stream:
+    """Where the segments of a stream and their keys lie."""
+
+    keys: Tensor | None  # (N',) of every key its place in the stream; None: keys are the stream
+    cu_queries: Tensor  # (segments + 1,) int32
+    cu_keys: Tensor  # (segments + 1,) int32
+    most_queries: int
+    most_keys: int
+
+
+def make_stream(lengths: list[int], parents: list[int], device: torch.device) -> Stream:
+    """From the segments' lengths, and the segment that each one continues, or -1."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    places, before = [], []
+    for start, length, parent in zip(starts, lengths, parents, strict=False):
+        before.append(lengths[parent] if parent >= 0 else 0)
+        if parent >= 0:
+            places.append(torch.arange(starts[parent], starts[parent] + lengths[parent]))
+        places.append(torch.arange(start, start + length))
+    sizes = [a + b for a, b in zip(lengths, before, strict=True)]
+
+    queries = to_device(torch.tensor(starts, dtype=torch.int32), device)
+    if not any(before):
+        return Stream(None, queries, queries, max(lengths), max(lengths))
+    bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    return Stream(to_device(torch.cat(places), device), queries, to_device(bounds, device),
+                  max(lengths), max(sizes))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None,
+           scale: float) -> Tensor:
+    """q (N, H, hd), k and v (N, K, hd) -> (N, H, hd)."""
+    if stream.keys is not None:
+        k, v = k.index_select(0, stream.keys), v.index_select(0, stream.keys)
+    options = {}
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return varlen_attn(q, k, v, stream.cu_queries, stream.cu_keys, stream.most_queries,
+                       stream.most_keys, scale=scale,
+                       window_size=(-1 if window is None else window - 1, 0), **options)
+
+
+def usable(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
+    """Whether `attend` works there, tried at the first call."""
+    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return proven(device, dtype, head_dim, window is not None)
+
+
+@lru_cache
+def proven(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
+    """Whether a small stream gives the outputs and gradients of the definition; a warning if not."""
+    lengths, parents, window = [5, 3, 9, 4, 1], [-1, 0, 0, -1, 3], 4 if windowed else None
+    make = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(sum(lengths), heads, head_dim, generator=make).to(device, dtype)
+                     for heads in (4, 2, 2, 4))
+    problem = "wrong results"
+    try:
+        with torch.enable_grad():
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = attend(*inputs, make_stream(lengths, parents, device), window, head_dim**-0.5)
+            got = [out, *torch.autograd.grad(out, inputs, grad)]
+            inputs = [x.double().requires_grad_() for x in (q, k, v)]
+            out = definition(*inputs, lengths, parents, window, head_dim**-0.5)
+            want = [out, *torch.autograd.grad(out, inputs, grad.double())]
+        if all((a.double() - b).norm() <= 0.02 * b.norm() for a, b in zip(got, want, strict=True)):
+            return True
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        problem = str(error)
+    warnings.warn(f"varlen_attn of torch {torch.__version__} cannot be used on {device} with {dtype} "
+                  f"and heads of {head_dim} ({problem}): attention takes segments one by one, which is "
+                  "slower and exact", stacklevel=2)
+    return False
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: list[int],
+               window: int | None, scale: float) -> Tensor:
+    """As `attend`, by a mask over all pairs of tokens: what a query sees, said once."""
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    parent = torch.tensor(parents)[segment]
+    at = torch.arange(len(segment)) - torch.tensor([0, *lengths]).cumsum(0)[segment]
+    at = at + torch.where(parent >= 0, torch.tensor(lengths)[parent], 0)  # continuing the parent's
+    seen = (segment[:, None] == segment) & (at[:, None] >= at) | (parent[:, None] == segment)
+    if window is not None:
+        seen &= at[:, None] - at < window
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores = scores.masked_fill(~seen.to(q.device), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
