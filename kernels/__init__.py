@@ -6,6 +6,8 @@
   dpo_head      token log-probabilities of pairs -> losses, rewards, sums and slopes
   dpo_loss      sequence log-probabilities of pairs -> losses and rewards (the formula)
   segment_sum   sums of consecutive segments, in a fixed order
+
+and paged_attention_triton, whose twin is in models/paged.py: a decoding step's attention.
 """
 
 from srit.kernels.dpo_head import dpo_head, dpo_loss, segment_sum

@@ -87,22 +87,25 @@ def usable(device: torch.device, dtype: torch.dtype, head_dim: int, window: int 
 def proven(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
     """Whether a small stream gives the outputs and gradients of the definition; a warning if not."""
     lengths, parents, window = [5, 3, 9, 4, 1], [-1, 0, 0, -1, 3], 4 if windowed else None
-    make = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(sum(lengths), heads, head_dim, generator=make).to(device, dtype)
-                     for heads in (4, 2, 2, 4))
     problem = "wrong results"
-    try:
-        with torch.enable_grad():
-            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    # Whatever surrounds the first call: inference mode, or the hooks of a checkpointed block.
+    plain = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), plain:
+        make = torch.Generator().manual_seed(0)
+        q, k, v, grad = (torch.randn(sum(lengths), heads, head_dim, generator=make).to(device, dtype)
+                         for heads in (4, 2, 2, 4))
+        inputs = [x.double().requires_grad_() for x in (q, k, v)]
+        out = definition(*inputs, lengths, parents, window, head_dim**-0.5)
+        want = [out, *torch.autograd.grad(out, inputs, grad.double())]
+        try:
+            inputs = [x.requires_grad_() for x in (q, k, v)]
             out = attend(*inputs, make_stream(lengths, parents, device), window, head_dim**-0.5)
             got = [out, *torch.autograd.grad(out, inputs, grad)]
-            inputs = [x.double().requires_grad_() for x in (q, k, v)]
-            out = definition(*inputs, lengths, parents, window, head_dim**-0.5)
-            want = [out, *torch.autograd.grad(out, inputs, grad.double())]
-        if all((a.double() - b).norm() <= 0.02 * b.norm() for a, b in zip(got, want, strict=True)):
-            return True
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        problem = str(error)
+            close = [(a.double() - b).norm() <= 0.02 * b.norm() for a, b in zip(got, want, strict=True)]
+            if all(close):
+                return True
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            problem = str(error)
     warnings.warn(f"varlen_attn of torch {torch.__version__} cannot be used on {device} with {dtype} "
                   f"and heads of {head_dim} ({problem}): attention takes segments one by one, which is "
                   "slower and exact", stacklevel=2)

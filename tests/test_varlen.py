@@ -9,10 +9,12 @@ import pytest
 import torch
 from test_prompt_sharing import SIZES, sides
 from tiny import tiny_checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from srit.config import DPOConfig
 from srit.data import collate
 from srit.models import load_model, varlen
+from srit.models.ops import to_device
 from srit.train.dpo import score
 
 
@@ -99,6 +101,9 @@ def test_trusted_when_right(proven, windowed, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert proven(windowed)
+        varlen.proven.cache_clear()
+        with torch.inference_mode():
+            assert proven(windowed)
 
 
 @pytest.mark.parametrize("function, reason", [(top_left, "wrong results"), (too_old, "scale")])
@@ -106,6 +111,19 @@ def test_not_trusted_otherwise(proven, function, reason, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", function)
     with pytest.warns(UserWarning, match=f"varlen_attn of torch .*{reason}.* segments one by one"):
         assert not proven(False)
+
+
+def test_tried_within_a_checkpointed_block(proven, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", by_definition)
+    tried = []
+
+    def block(x):
+        tried.append(proven(False))
+        return x.square().sum()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).backward()
+    assert tried == [True, True] and torch.equal(x.grad, torch.full((3,), 2.0))
 
 
 def test_only_where_it_exists(monkeypatch):
@@ -118,7 +136,23 @@ def test_only_where_it_exists(monkeypatch):
     assert not varlen.usable(gpu, torch.bfloat16, 64, None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 4])
 def test_torch_has_it(window):
     assert varlen.usable(torch.device("cuda"), torch.bfloat16, 64, window)
+
+
+@pytest.mark.gpu
+def test_a_pass_waits_for_nothing(tmp_path):
+    """From a batch on the host to gradients on the device."""
+    gpu = torch.device("cuda")
+    checkpoint = str(tiny_checkpoint(tmp_path / "m"))
+    model, _ = load_model(checkpoint, device=gpu, compute_dtype=torch.bfloat16)
+    cfg, pairs = DPOConfig("m", ["x"], str(tmp_path)), [sides(size) for size in SIZES]
+    ref = torch.zeros(2 * len(SIZES))
+    for mode in ("default", "error"):  # at first kernels are compiled and tried
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            score(model, collate(pairs).to(gpu), to_device(ref, gpu), cfg)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
