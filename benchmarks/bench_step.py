@@ -1,16 +1,19 @@
 """One training step, SFT or DPO, against TRL's trainers: same rows, same model, same optimizer.
 
     python benchmarks/bench_step.py [--stage dpo sft] [--model SmolLM2-135M] [--dtype float32]
+    python benchmarks/bench_step.py --plot FILE.csv     the figure of a CSV
 
 Every contender runs in a process of its own, in turns, so that a noisy machine hits all alike; losses
 are compared before any time is printed. A random checkpoint of the model's shape and a tokenizer of
 one token a word make rows of exactly the lengths in benchmarks/lengths.json, which are those of real
 pairs and demonstrations. Step time: median over the steps after the first. Peak memory: of the
-process, beyond what it held before it loaded the model. Writes benchmarks/results/bench_step_*.csv.
+process, beyond what it held before it loaded the model. Writes benchmarks/results/bench_step_*.csv and
+its figure.
 Needs the [bench] extra.
 """
 
 import argparse
+import csv
 import importlib
 import json
 import random
@@ -238,6 +241,40 @@ def measure(args: argparse.Namespace, stage: str) -> list[dict]:
     return rows
 
 
+def plot(path: Path) -> None:
+    """Speed and memory of every contender, a line each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    import matplotlib.pyplot as plt
+
+    with open(path, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.36 * len(rows) + 1.4), sharey=True)
+    panels = ("tokens_per_second", "tokens/s", "speed_to_trl"), ("peak_mib", "peak memory, MiB",
+                                                                 "memory_to_trl")
+    for axis, (column, label, ratio) in zip(axes, panels, strict=True):
+        for y, row in enumerate(rows):
+            ours = row["contender"].startswith("srit")
+            axis.barh(-y, float(row[column]), color="#0072B2" if ours else "#E69F00")
+            text = f"{float(row[column]):.0f}" + (f"  {float(row[ratio]):.2f}x TRL" if ours else "")
+            axis.annotate(text, (float(row[column]), -y), (3, 0), textcoords="offset points",
+                          va="center", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.2)
+        axis.set_xlabel(label)
+    axes[0].set_yticks([-y for y in range(len(rows))],
+                       [f"{row['stage'].upper()}  {row['contender']}" for row in rows])
+    first = rows[0]
+    figure.suptitle(f"{first['model']}, {first['dtype']}, {first['machine']}, torch {first['torch']}, "
+                    f"trl {first['trl']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".svg"))
+    plt.close(figure)
+    print(path.with_suffix(".svg"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", nargs="+", choices=["dpo", "sft"], default=["dpo", "sft"])
@@ -250,11 +287,15 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS),
                         default=["srit", "trl", "srit, checkpointing", "trl, checkpointing"])
     parser.add_argument("--output")
+    parser.add_argument("--plot", metavar="CSV", type=Path, help="only draw a CSV")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         contend(args)
+        return
+    if args.plot:
+        plot(args.plot)
         return
     where = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     shape = args.model + (f"-{args.layers}-layers" if args.layers else "")
@@ -270,6 +311,7 @@ def main() -> None:
               "{peak_mib:6d} MiB {memory_to_trl:5.2f}x".format(**row))
     write_csv(rows, output)
     print(output)
+    plot(output)
 
 
 if __name__ == "__main__":
