@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tables import write_csv
+from tables import pyplot, write_csv
 from torch import Tensor
 
 from srit.kernels import dpo_loss, linear_dpo, linear_logp, linear_nll, segment_sum
@@ -416,12 +416,7 @@ def fused_table(rows: list[dict]) -> None:
 
 def plot(path: Path) -> None:
     """One figure a stage and dtype: time relative to ours, and peak memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     with open(path, newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["p50_ms"]]
     colors = ["#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#F0E442"]

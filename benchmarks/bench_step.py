@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tables import write_csv
+from tables import pyplot, write_csv
 
 HERE = Path(__file__).parent
 SHAPES = {  # layers, hidden, intermediate, heads, key/value heads, vocabulary, tied
@@ -243,12 +243,7 @@ def measure(args: argparse.Namespace, stage: str) -> list[dict]:
 
 def plot(path: Path) -> None:
     """Speed and memory of every contender, a line each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     with open(path, newline="") as handle:
         rows = list(csv.DictReader(handle))
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.36 * len(rows) + 1.4), sharey=True)

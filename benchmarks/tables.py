@@ -1,7 +1,8 @@
-"""How every benchmark here keeps its rows."""
+"""How every benchmark here keeps and draws its rows."""
 
 import csv
 from pathlib import Path
+from types import ModuleType
 
 from srit.models.files import atomic_write
 
@@ -13,3 +14,14 @@ def write_csv(rows: list[dict], path: Path) -> None:
         writer = csv.DictWriter(handle, names)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot without a screen, whose SVG files keep text as text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

@@ -56,7 +56,9 @@ def remade(value: Tensor, make: Callable[[], Tensor], when: bool) -> AbstractCon
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy without waiting: one from unpinned memory would wait for all that the GPU has queued."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

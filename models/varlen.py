@@ -14,6 +14,7 @@ hd head dimension.
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,13 +68,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None,
         k, v = k.index_select(0, stream.keys), v.index_select(0, stream.keys)
     options = {}
     if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _shares_heads(varlen_attn):
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return varlen_attn(q, k, v, stream.cu_queries, stream.cu_keys, stream.most_queries,
                        stream.most_keys, scale=scale,
                        window_size=(-1 if window is None else window - 1, 0), **options)
+
+
+@lru_cache  # asked for by every layer
+def _shares_heads(function: Callable) -> bool:
+    return "enable_gqa" in inspect.signature(function).parameters
 
 
 def usable(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:

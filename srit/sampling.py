@@ -45,7 +45,7 @@ ROW_MULTIPLE = 8
 CDF_BLOCK = 256
 NUCLEUS = 256  # likeliest tokens looked at before a row's whole vocabulary is sorted for top_p
 SEATS = 8  # rows that read one copy of a prompt at most
-PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}
+PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # of one forward pass of a prefill
 # Rows of one draw: what a CPU gives back after large tensors, it must fault in again.
 DRAW_ROWS = {"cuda": 4096, "cpu": 16}
 
@@ -273,7 +273,8 @@ class _Rows:
         width = max(map(len, sequences)) - start
         ids = [[*s[start:], *[0] * (width + start - len(s))] for s in sequences]
         self.staging.lengths.fill_(start)
-        for tokens in torch.tensor(ids, device=device).split(_budget(device), 1) if width else ():
+        parts = torch.tensor(ids, device=device).split(_for_device(PREFILL_TOKENS, device), 1)
+        for tokens in parts if width else ():
             self.model.hidden(tokens, cache=self.staging)
 
     def _start(self, request: Request) -> None:
@@ -314,7 +315,7 @@ class _Rows:
         logits = self.model.logits(hidden)[:n]  # (n, V)
         index, steps = self.index[:n], self.steps[:n]
         wanted = penalise(logits, self.seen[:n], self.penalty) if self.penalty != 1 else logits
-        parts = DRAW_ROWS.get(hidden.device.type, DRAW_ROWS["cuda"])
+        parts = _for_device(DRAW_ROWS, hidden.device)
         draws = zip(wanted.split(parts), self.uniforms[index, steps].split(parts), strict=True)
         token = torch.cat([pick(*draw, **sampling) for draw in draws])
         if self.penalty != 1:
@@ -377,9 +378,8 @@ def _order(request: Request) -> tuple:
     return -len(head), head, -len(ids), ids
 
 
-def _budget(device: torch.device) -> int:
-    """Tokens of one forward pass of a prefill."""
-    return PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
+def _for_device(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes.get(device.type, sizes["cuda"])
 
 
 @torch.inference_mode()
@@ -424,7 +424,7 @@ def generate(model: Decoder, requests: Sequence[Request], *, stop_ids: Collectio
     # On a GPU a prefill costs its kernel launches, so several are done at once.
     refill = max(1, slots // 8) if device.type == "cuda" else 1
     longest = max(len(r.prompt_ids) for r in requests)
-    group = min(refill, max(1, _budget(device) // longest))
+    group = min(refill, max(1, _for_device(PREFILL_TOKENS, device) // longest))
     staging = KVCache(model.config, group, longest, model.compute_dtype, device)
     if samples is None:
         samples = max(Counter(tuple(r.prompt_ids) for r in requests).values())
