@@ -1,9 +1,9 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # The top-level folders are installed below one name: bare `kernels`, `models` and `train` would collide
 # with other distributions.
 setup(
-    packages=["srit", "srit.kernels", "srit.models", "srit.train"],
+    packages=[*find_packages(include=["srit", "srit.*"]), "srit.kernels", "srit.models", "srit.train"],
     package_dir={
         "srit": "srit",
         "srit.kernels": "kernels",

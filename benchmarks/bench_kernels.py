@@ -30,7 +30,7 @@ from torch import Tensor
 from srit.kernels import dpo_loss, linear_dpo, linear_logp, linear_nll, segment_sum
 from srit.kernels.chunks import chunk_limit
 from srit.kernels.linear_logp import linear_logp_ref
-from srit.runs import describe
+from srit.runtime.run_dir import describe
 
 MODELS = {  # D, V
     "SmolLM2-135M": (576, 49152),

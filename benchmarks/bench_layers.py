@@ -19,7 +19,7 @@ from torch import Tensor
 
 from srit.models.decoder import rotate
 from srit.models.ops import gated, rms_norm
-from srit.runs import describe
+from srit.runtime.run_dir import describe
 
 SIZES = {"SmolLM2-135M": (576, 1536, 9), "Llama-3.2-1B": (2048, 8192, 32),
          "Llama-3.1-8B": (4096, 14336, 32)}  # D, intermediate, heads

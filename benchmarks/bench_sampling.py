@@ -22,12 +22,12 @@ import torch
 from tables import write_csv
 from transformers import AutoModelForCausalLM
 
-from srit.demo_data import generate as make_questions
+from srit.commands.demo_data import generate as make_questions
+from srit.generation.engine import Request, generate, request_seed
 from srit.models import Decoder, load_model
-from srit.prompts import question_messages, render
-from srit.runs import describe
-from srit.sampling import Request, generate, request_seed
-from srit.tokenizer import Tokenizer, load_tokenizer
+from srit.runtime.run_dir import describe
+from srit.text.prompts import question_messages, render
+from srit.text.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).parent
 

@@ -99,7 +99,6 @@ def resident(name: str) -> int:
 
 
 def run_srit(args: argparse.Namespace, rows: Path, settings: dict) -> tuple[list, list]:
-    from srit import training
     from srit.config import DPOConfig, SFTConfig
     from srit.train import dpo, sft
 
@@ -220,7 +219,7 @@ def measure(args: argparse.Namespace, stage: str) -> list[dict]:
                      f"allowed {bound}: {runs[0]['losses']} against {ours}")
         print(f"{stage}: losses of {name} agree to {worst:.1e}")
 
-    from srit.runs import describe
+    from srit.runtime.run_dir import describe
 
     tokens = tokens_a_step(stage, args.steps, args.batch_size, SHAPES[args.model][5])[1:]
     machine, rows = describe(), []

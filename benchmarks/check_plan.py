@@ -20,12 +20,12 @@ import torch
 from bench_step import make_checkpoint, make_rows, resident
 from tables import write_csv
 
-from srit import dist
+from srit.commands.plan import GIB, PlanConfig, plan, read_shape
 from srit.config import DPOConfig, SFTConfig
-from srit.plan import GIB, PlanConfig, plan, read_shape
-from srit.runs import describe
+from srit.runtime import distributed
+from srit.runtime.run_dir import describe
 from srit.train import dpo, sft
-from srit.training import Optimization
+from srit.training.setup import Optimization
 
 HERE = Path(__file__).parent
 SHAPE = "SmolLM2-135M"
@@ -48,7 +48,7 @@ STEPS = 3
 
 def count_sent() -> list[float]:
     """From now on, bytes that this rank sends; one number that grows."""
-    sent, ring = [0.0], (dist.world_size() - 1) / dist.world_size()
+    sent, ring = [0.0], (distributed.world_size() - 1) / distributed.world_size()
 
     def counting(function, times, whole):
         def counted(*arguments, **named):
@@ -77,7 +77,7 @@ def run(case: int, folder: Path, rows: int) -> None:
         return score(model, batch, *arguments, **named)
     module.score = noted
     cls = {"sft": SFTConfig, "dpo": DPOConfig}[stage]
-    dist.setup("cpu")
+    distributed.setup("cpu")
     sent = count_sent()
     at_step, step = [], Optimization.step
 

@@ -19,7 +19,7 @@ import torch
 from tables import write_csv
 
 from srit.config import DPOConfig
-from srit.runs import describe
+from srit.runtime.run_dir import describe
 from srit.train import dpo
 
 NAMES = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins",

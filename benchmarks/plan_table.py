@@ -3,7 +3,7 @@
     python benchmarks/plan_table.py
 """
 
-from srit.plan import GIB, PlanConfig, most_tokens, plan, read_shape
+from srit.commands.plan import GIB, PlanConfig, most_tokens, plan, read_shape
 
 SETTINGS = {  # by GPUs: what a user would choose
     "Llama-3.2-1B": {1: {}, 8: {"parallel": "ddp"}, 64: {"parallel": "ddp"}},

@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from types import ModuleType
 
-from srit.models.files import atomic_write
+from srit.runtime.files import atomic_write
 
 
 def write_csv(rows: list[dict], path: Path) -> None:

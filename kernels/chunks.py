@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from srit.kernels import row_pass
+from srit.kernels import row_softmax
 from srit.kernels.dispatch import use_triton
 
 MIB = 1 << 20
@@ -61,10 +61,10 @@ def group_chunks(ends: Sequence[int], limit: int) -> list[tuple[int, int]]:
 
 def row_ops(device: torch.device) -> ModuleType:
     if use_triton(device):
-        from srit.kernels import row_pass_triton
+        from srit.kernels import row_softmax_triton
 
-        return row_pass_triton
-    return row_pass
+        return row_softmax_triton
+    return row_softmax
 
 
 def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def logits_buffer(rows: int, weight: Tensor) -> Tensor:
 
 
 def new_stats(x: Tensor, n: int, extra: bool = False) -> Tensor:
-    """(3, n), or (5, n) with `extra`: what `logp` of the row pass writes and `grad` reads."""
+    """(3, n), or (5, n) with `extra`: what `logp` of the row softmax writes and `grad` reads."""
     return x.new_empty(5 if extra else 3, n, dtype=wide(x.dtype))
 
 
@@ -151,10 +151,10 @@ def check_operands(name: str, hidden: Tensor, weight: Tensor, targets: Tensor) -
             )
 
 
-def check_logits(name: str, softcap: float | None, logit_scale: float) -> row_pass.Logits:
+def check_logits(name: str, softcap: float | None, logit_scale: float) -> row_softmax.Logits:
     """ValueError unless both are positive."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}: softcap={softcap}: must be greater than 0, or None for no cap")
     if not logit_scale > 0:
         raise ValueError(f"{name}: logit_scale={logit_scale}: must be greater than 0")
-    return row_pass.Logits(float(logit_scale), float(softcap or 0.0))
+    return row_softmax.Logits(float(logit_scale), float(softcap or 0.0))

@@ -38,7 +38,7 @@ def head_cost(
         itemsize: bytes of the GEMMs' dtype.
         weight_itemsize: bytes of the parameter's dtype.
 
-    The row pass of "one_pass" and "frozen" reads a row twice; where its program finds the row in the
+    The row softmax of "one_pass" and "frozen" reads a row twice; where its program finds the row in the
     cache the second time, a logit moves once less.
     """
     gemms, accesses, readings = MODES[mode]

@@ -5,7 +5,7 @@
     dX = G W              dW = G^T X
 
 Two ways to the value. Path A ("gemm"): the rows go through in chunks; a chunk's logits live in one
-buffer, which the row pass reads and turns into G in place, g included before G is rounded. Path B
+buffer, which the row softmax reads and turns into G in place, g included before G is rounded. Path B
 ("fused", `scoring_triton.py`): a GEMM that never writes its logits; forward only.
 
 How path A's backward comes by the logits again:
@@ -15,7 +15,7 @@ How path A's backward comes by the logits again:
 
 A frozen head needs neither: dX is linear in g row by row, so the forward makes U = G W (N, D) with
 g = -1 and the backward scales it; 4 N D V FLOPs. A loss whose slope is known when a chunk's
-log-probs are needs neither too: `linear_loss.py`.
+log-probs are needs neither too: `fused_linear_loss.py`.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,7 @@ from srit.kernels.chunks import (
     wide,
 )
 from srit.kernels.dispatch import use_triton
-from srit.kernels.row_pass import CORRECT, ENTROPY, LOGP, Logits
+from srit.kernels.row_softmax import CORRECT, ENTROPY, LOGP, Logits
 
 STASH_BYTES = {"cpu": 512 * MIB, "cuda": 2048 * MIB}
 PATHS = ("auto", "gemm", "fused")

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srit.kernels.row_pass_triton import LOG2E
+from srit.kernels.row_softmax_triton import LOG2E
 
 MIN_QUERIES = 16  # rows of the smallest product on tensor cores
 HIDDEN = tl.constexpr(-1e30)  # finite: a page of which nothing is seen must not make inf - inf

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from srit.kernels.row_pass import Logits
-from srit.kernels.row_pass_triton import LN2, LOG2E, tanh
+from srit.kernels.row_softmax import Logits
+from srit.kernels.row_softmax_triton import LN2, LOG2E, tanh
 
 SLICES = 16
 GROUP_M = 8

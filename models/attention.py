@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srit.models import varlen
 from srit.models.cache import STRIDE, KVCache
-from srit.models.paged import PagedCache, Step
+from srit.models.paged_cache import PagedCache, Step
 
 
 @dataclass

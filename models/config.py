@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from srit.models.files import InputError
+from srit.runtime.files import InputError
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

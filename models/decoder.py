@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from srit.models.attention import Layout, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
+from srit.models.onednn import PackedBlock, PackedLinear
 from srit.models.ops import gated, remade, rms_norm, rotate
-from srit.models.packed import PackedBlock, PackedLinear
-from srit.models.paged import PagedCache
+from srit.models.paged_cache import PagedCache
 
 # What a block keeps for its backward: all that autograd asks for (or, without gradients, nothing); not
 # what is cheap to make again from what is kept; nor anything of its MLP, which then runs twice.

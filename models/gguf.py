@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srit.models.config import ModelConfig
-from srit.models.files import InputError
+from srit.runtime.files import InputError
 
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 NAMES = {

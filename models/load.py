@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from srit.models.config import ModelConfig
 from srit.models.decoder import Decoder
-from srit.models.files import InputError, atomic_path, atomic_write
 from srit.models.lora import merged_parameters
+from srit.runtime.files import InputError, atomic_path, atomic_write
 
 SHARD_BYTES = 5 * 1000**3
 INDEX = "model.safetensors.index.json"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from srit.models.decoder import Decoder, Linear
-from srit.models.files import InputError, atomic_path, atomic_write
 from srit.models.sharded import put, whole
+from srit.runtime.files import InputError, atomic_path, atomic_write
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."

@@ -1,30 +1,14 @@
-"""The settings of every stage, and how flags and YAML become them.
+"""The settings of every stage: dataclasses whose fields are the flags and the YAML keys.
 
-A YAML file is flags written down: its keys are the flag names, and both go through the same parser
-(tyro, which reads types, defaults and help from the dataclasses below). Flags win over YAML.
+A field's docstring is its help text; `__post_init__` refuses values without meaning.
 """
 
-import dataclasses
-import difflib
-import sys
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import tyro
-import yaml
-from safetensors import SafetensorError
+from srit.runtime.files import InputError
 
-from srit import dist, stop
-from srit.models.files import InputError
-
-# What gloo and NCCL say when a peer is gone.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out",
-        "timed out", "NCCL error", "Socket closed")
 PromptStyle = Literal["direct", "cot"]
-Config = TypeVar("Config")
 
 
 def _check(ok: bool, name: str, value: object, rule: str) -> None:
@@ -317,102 +301,3 @@ class PairConfig:
         _check(self.max_pairs_per_question >= 1, "max_pairs_per_question",
                self.max_pairs_per_question, "at least 1")
         _check(bool(self.samples_file), "samples_file", self.samples_file, "at least one file")
-
-
-def check_keys(keys: list[str], cls: type, where: str) -> None:
-    """Raise InputError for a key that the config class does not have, naming the nearest one."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-            raise InputError(f"{where}: unknown key '{key}'; did you mean '{near}'?")
-
-
-def read_yaml(path: str | Path) -> dict:
-    """A YAML mapping. Raises InputError naming file and line."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"{place}: not YAML ({getattr(error, 'problem', error)})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of keys to values")
-    return values
-
-
-def to_flags(values: dict[str, Any]) -> list[str]:
-    """Config values as command-line words. None keeps the default."""
-    words = []
-    for key, value in values.items():
-        if value is None:
-            continue
-        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def parse(cls: type[Config], stage: str, argv: list[str] | None = None) -> Config:
-    """Flags, and a YAML file or the stage's part of a recipe given by --config, as a config object."""
-    words: list[str] = []  # `--key=value` split, so that every flag stands alone
-    for word in sys.argv[1:] if argv is None else argv:
-        words += word.split("=", 1) if word.startswith("--") and "=" in word else [word]
-    values: dict[str, Any] = {}
-    own = any(f.name == "config" for f in dataclasses.fields(cls))  # `srit run` reads it itself
-    if "--config" in words and not own:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise InputError("--config: name a YAML file")
-        path = words[at + 1]
-        del words[at : at + 2]
-        values = read_yaml(path)
-        if "data" in values or stage in values:
-            from srit.recipe import stage_values  # recipe imports this module
-
-            values = stage_values(path, stage)
-        check_keys(list(values), cls, path)
-    flags = [word[2:] for word in words if word.startswith("--") and word != "--help"]
-    check_keys(flags, cls, "command line")
-    booleans = {f.name for f in dataclasses.fields(cls) if f.type is bool}
-    for at in reversed(range(len(words))):  # a bare `--packing` means True
-        bare = at + 1 == len(words) or words[at + 1].startswith("--")
-        if words[at][2:] in booleans and bare:
-            words.insert(at + 1, "True")
-    words = to_flags({k: v for k, v in values.items() if k not in flags}) + words
-    return tyro.cli(cls, args=words, prog=f"srit {stage}", use_underscores=True,
-                    config=(tyro.conf.FlagConversionOff,))
-
-
-def run(cls: type[Config], stage: str, main: Callable[[Config], None],
-        argv: list[str] | None = None) -> None:
-    """Parse and run one stage. Bad input ends it with one line and exit status 1."""
-    try:
-        cfg = parse(cls, stage, argv)
-        # What has no max_time does not ask whether it should stop: Ctrl-C ends it where it is.
-        with stop.listening(cfg.max_time) if hasattr(cfg, "max_time") else nullcontext():
-            main(cfg)
-    except stop.Stopped as reason:
-        if dist.rank() == 0:
-            print(reason)
-        dist.shutdown()
-    except (InputError, OSError, SafetensorError) as error:  # OSError: no space, no permission, ...
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
-        text = str(error)
-        if any(sign in text for sign in LOST):
-            sys.exit(f"error: rank {dist.rank()}: another rank has died or does not answer "
-                     f"({text.splitlines()[0]}); its own message says why. The same command goes on "
-                     "from the last checkpoint")
-        if "out of memory" not in text and "can't allocate memory" not in text:
-            raise
-        sys.exit(f"error: out of memory ({text.splitlines()[0]}). Training: lower "
-                 "--max_tokens_per_batch or --per_device_train_batch_size (and raise "
-                 "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling and "
-                 "evaluation: lower --per_device_batch_size")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on where it stopped")

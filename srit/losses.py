@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from srit.data import Batch
+from srit.data.batches import Batch
 from srit.kernels import dpo_loss, linear_dpo, linear_logp, linear_nll, segment_sum
 from srit.models import Decoder
 

@@ -9,20 +9,15 @@ import dataclasses
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srit.config import (
-    DPOConfig,
-    EvalConfig,
-    PairConfig,
-    SampleConfig,
-    SFTConfig,
-    check_keys,
-    read_yaml,
-)
-from srit.models.files import InputError
+import yaml
+
+from srit.config import DPOConfig, EvalConfig, PairConfig, SampleConfig, SFTConfig
+from srit.runtime.files import InputError
 
 KINDS = {"sft": SFTConfig, "sample": SampleConfig, "pair": PairConfig, "dpo": DPOConfig,
          "eval": EvalConfig}
@@ -44,17 +39,49 @@ class Stage:
         return Path(self.values["output_dir"])
 
 
+def read_yaml(path: str | Path) -> dict:
+    """A YAML mapping. Raises InputError naming file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{place}: not YAML ({getattr(error, 'problem', error)})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values")
+    return values
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise InputError for a key that is not known, naming the nearest one."""
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+            raise InputError(f"{where}: unknown key '{key}'; did you mean '{near}'?")
+
+
+def keys_of(cls: type) -> list[str]:
+    """The settings of a config class."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe with ${VARIABLE:-default} filled in. Raises InputError naming an unknown key."""
     recipe = _expand(read_yaml(path), str(path))
     known = [*SHARED, "data", "rounds", *KINDS]
-    _check(recipe, known, str(path))
+    check_keys(recipe, known, str(path))
     for key in ("model_name_or_path", "output_dir", "data"):
         if key not in recipe:
             raise InputError(f"{path}: no key '{key}'")
     if not isinstance(recipe["data"], dict):
         raise InputError(f"{path}: data: expected a mapping with {', '.join(DATA)}")
-    _check(recipe["data"], DATA, f"{path}: data")
+    check_keys(recipe["data"], DATA, f"{path}: data")
     for key in DATA:
         value = recipe["data"].get(key, [])
         recipe["data"][key] = [value] if isinstance(value, str) else value
@@ -64,7 +91,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         section = recipe.setdefault(kind, None) or {}
         if not isinstance(section, dict):
             raise InputError(f"{path}: {kind}: expected a mapping")
-        check_keys(list(section), cls, f"{path}: {kind}")
+        check_keys(section, keys_of(cls), f"{path}: {kind}")
         recipe[kind] = section
     rounds = recipe.setdefault("rounds", 1)
     if not isinstance(rounds, int) or rounds < 1:
@@ -80,7 +107,7 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
     root, data = Path(recipe["output_dir"]), recipe["data"]
 
     def stage(name: str, kind: str, **wiring: Any) -> Stage:
-        known = {f.name for f in dataclasses.fields(KINDS[kind])}
+        known = keys_of(KINDS[kind])
         shared = {k: recipe[k] for k in SHARED if k in recipe and k in known}
         values = {**shared, **wiring, "output_dir": str(root / name), **recipe[kind]}
         return Stage(name, kind, values)
@@ -112,13 +139,6 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
 def stage_values(path: str | Path, kind: str) -> dict[str, Any]:
     """The settings of the first stage of a kind: what `train/sft.py --config recipe.yaml` runs."""
     return next(stage.values for stage in stages(read_recipe(path)) if stage.kind == kind)
-
-
-def _check(values: dict, known: Any, where: str) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-            raise InputError(f"{where}: unknown key '{key}'; did you mean '{near}'?")
 
 
 def _expand(value: Any, where: str) -> Any:

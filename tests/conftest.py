@@ -1,5 +1,8 @@
 import os
 
+# Before torch: in small tests threads mostly wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from tiny import demo, metrics, pair, question, tiny_checkpoint, write_rows
 
-from srit.checkpoint import CheckpointWriter
 from srit.config import DPOConfig, SampleConfig, SFTConfig
-from srit.models import files
+from srit.runtime import files
 from srit.train import dpo, sample, sft
+from srit.training.checkpoint import CheckpointWriter
 
 LOOP = dict(dtype="float32", device="cpu", max_length=256, learning_rate=1e-3, logging_steps=2,
             per_device_train_batch_size=2, max_steps=7, save_steps=3, eval_steps=2)

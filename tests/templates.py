@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from srit.tokenizer import Tokenizer, load_tokenizer
+from srit.text.tokenizer import Tokenizer, load_tokenizer
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>",
             "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>",

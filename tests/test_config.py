@@ -2,9 +2,10 @@
 
 import pytest
 
-from srit.cli import COMMANDS, main
-from srit.config import DPOConfig, SFTConfig, parse, run
-from srit.models.files import InputError
+from srit.commands.cli import COMMANDS, main
+from srit.config import DPOConfig, SFTConfig
+from srit.launch import parse, run
+from srit.runtime.files import InputError
 
 BASE = ["--model_name_or_path", "m", "--train_file", "a.jsonl", "--output_dir", "o"]
 

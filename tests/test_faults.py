@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import demo, metrics, pair, question, tiny_checkpoint, write_rows
 
-from srit import stop
 from srit.config import DPOConfig, SampleConfig, SFTConfig
-from srit.models.files import InputError
+from srit.runtime import shutdown
+from srit.runtime.files import InputError
 from srit.train import dpo, sample, sft
 
 LOOP = dict(dtype="float32", device="cpu", max_length=256, learning_rate=1e-3, logging_steps=1,
@@ -174,11 +174,11 @@ def test_a_checkpoint_of_another_model_is_named(tiny, rows, tmp_path):
 def test_time_is_up_again_and_again(tiny, rows, tmp_path, straight, stage):
     """Every start does one step, or a few tokens, and ends in order; together they are one run."""
     for attempt in range(60):
-        with stop.listening(max_time=1e-9 if stage != "sample" else 2e-4 * (attempt + 1)):
+        with shutdown.listening(max_time=1e-9 if stage != "sample" else 2e-4 * (attempt + 1)):
             try:
                 start(stage, tiny, rows, tmp_path)
                 break
-            except stop.Stopped as reason:
+            except shutdown.Stopped as reason:
                 assert "the same command goes on from there" in str(reason)
     assert attempt >= (5 if stage != "sample" else 1)
     assert outcome(tmp_path) == straight(stage)
@@ -221,10 +221,10 @@ def test_a_signal_to_torchrun_stops_all_ranks_at_one_step(tiny, rows, tmp_path):
 
 
 def test_the_second_signal_ends_at_once():
-    script = ("import os, signal, time\nfrom srit import stop\nwith stop.listening():\n"
+    script = ("import os, signal, time\nfrom srit.runtime import shutdown\nwith shutdown.listening():\n"
               "    for _ in range(3):\n"
               "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n"
-              "    assert stop.requested()\n    print('asked', flush=True)\n    time.sleep(1.1)\n"
+              "    assert shutdown.requested()\n    print('asked', flush=True)\n    time.sleep(1.1)\n"
               "    os.kill(os.getpid(), signal.SIGTERM)\n    print('not reached')\n")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "asked\n" and done.returncode == 128 + signal.SIGTERM
@@ -236,7 +236,8 @@ def test_a_recipe_stops_with_its_stage_and_goes_on(tiny, rows, tmp_path):
               "sft": {**LOOP, "max_steps": 100_000, "save_steps": 0}}
     recipe["sft"].pop("device")
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-    run = subprocess.Popen([sys.executable, "-m", "srit.cli", "run", "--config", tmp_path / "r.yaml"],
+    run = subprocess.Popen([sys.executable, "-m", "srit.commands.cli", "run", "--config",
+                            tmp_path / "r.yaml"],
                            env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = tmp_path / "run" / "sft" / "metrics.jsonl"
     wait_for(lambda: run.poll() is not None or (log.is_file() and log.read_text()))

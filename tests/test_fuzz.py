@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, demo, pair, tiny_checkpoint
 
-from srit.checkpoint import damage
-from srit.config import DPOConfig, SampleConfig, SFTConfig, parse
+from srit.config import DPOConfig, SampleConfig, SFTConfig
+from srit.data.examples import read_pairs, read_sft
+from srit.data.questions import read_demos, read_questions
+from srit.launch import parse
 from srit.models import ModelConfig, load_model
-from srit.models.files import InputError
 from srit.recipe import read_recipe
-from srit.records import read_demos, read_questions
-from srit.rows import read_pairs, read_sft
-from srit.tokenizer import load_tokenizer
+from srit.runtime.files import InputError
+from srit.text.tokenizer import load_tokenizer
+from srit.training.checkpoint import damage
 
 SOME, MANY = 150, 10_000
 FOLDER = Path(tempfile.mkdtemp(prefix="srit-fuzz-"))
@@ -151,7 +152,7 @@ def test_messages_for_a_chat_template(messages):
 @cases(edited([TOKENIZER.chat_template.encode()]).map(lambda data: data.decode(errors="replace"))
        | st.text("{%}#- \nmessages[0]forin()'\"", max_size=40))
 def test_text_as_a_chat_template(template):
-    from srit import chat_template
+    from srit.text import chat_template
 
     may_refuse(chat_template.render, template, {"messages": [{"role": "user", "content": "a"}]})
 

@@ -12,12 +12,12 @@ import time
 import pytest
 from tiny import demo, pair, question, tiny_checkpoint, write_rows
 
-from srit import chat_template
 from srit.config import DPOConfig, EvalConfig, SampleConfig, SFTConfig
 from srit.models import load_model
-from srit.models.files import InputError
 from srit.models.load import resolve
-from srit.tokenizer import load_tokenizer
+from srit.runtime.files import InputError
+from srit.text import chat_template
+from srit.text.tokenizer import load_tokenizer
 from srit.train import dpo, eval, sample, sft
 
 TALK = [{"role": "user", "content": "hi"}]
@@ -130,7 +130,7 @@ def test_local_runs_use_no_network(tmp_path, monkeypatch):
 
 def test_model_output_is_data(tmp_path):
     """Nothing evaluates an answer: code in it is text, and so is what looks like a number's formula."""
-    from srit.answers import grade
+    from srit.grading.answers import grade
 
     row = question(0, 3, 4)
     for text in ("The answer is __import__('os').system('touch pwned').", "The answer is 10**10**10.",

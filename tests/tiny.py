@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from srit.models import Decoder, ModelConfig, save_model
+from srit.text.prompts import Rendered
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -93,3 +94,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def metrics(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# Prompt, chosen, rejected; common beginnings of completions; a one-token prompt and completion.
+SIZES = [(20, 15, 9, 0), (7, 30, 4, 3), (1, 1, 8, 0), (33, 12, 12, 11)]
+
+
+def sides(size):
+    prompt, chosen, rejected, common = size
+    start = torch.randint(3, 300, (prompt + common,)).tolist()
+    ends = [torch.randint(3, 300, (n - common,)).tolist() for n in (chosen, rejected)]
+    ends[1][0] = 300 + (ends[0][0] + 1) % 10
+    return [Rendered(start + end, [False] * prompt + [True] * (common + len(end)), "") for end in ends]

@@ -20,25 +20,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srit import dist
-from srit.config import DPOConfig, run
-from srit.data import Batch, Schedule
-from srit.log import MetricsLog
+from srit.config import DPOConfig
+from srit.data.batch_sampler import Schedule
+from srit.data.batches import Batch
+from srit.data.examples import Pair, read_pairs
+from srit.launch import run
 from srit.losses import linear_dpo, trained_hidden
 from srit.models import Decoder
 from srit.models.lora import disabled
 from srit.models.ops import to_device
-from srit.reference import collate_pairs, model_hash, reference_logps
-from srit.rows import Pair, read_pairs
-from srit.runs import claim_output_dir, write_run
-from srit.tokenizer import load_tokenizer
-from srit.training import (
-    Optimization,
-    batches_of,
-    load_for_training,
-    longest_row,
-    prepare,
-)
+from srit.runtime import distributed
+from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.text.tokenizer import load_tokenizer
+from srit.training import parallel
+from srit.training.metrics import MetricsLog
+from srit.training.reference import collate_pairs, model_hash, reference_logps
+from srit.training.setup import Optimization, batches_of, load_for_training, longest_row, prepare
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
            "logps/chosen", "logps/rejected")
@@ -70,22 +67,22 @@ def evaluate(model: Decoder, pairs: list[Pair], ref: Tensor, micro_batches: list
     """Every metric of training on held-out pairs, each pair weighing the same."""
     model.eval()
     sums = torch.zeros(len(METRICS), device=device)
-    own = micro_batches[dist.rank() :: dist.world_size()]
-    for rows, weight in dist.in_step(own, micro_batches[0]):
+    own = micro_batches[distributed.rank() :: distributed.world_size()]
+    for rows, weight in distributed.pad_to_longest_rank(own, micro_batches[0]):
         batch = collate_pairs([pairs[i] for i in rows]).to(device)
         sums += weight * score(model, batch, to_device(ref[rows].flatten(), device), cfg)[1]
     model.train()
-    dist.end_scoring(model)
-    means = (dist.all_reduce_sum(sums) / len(pairs)).tolist()
+    parallel.reshard(model)
+    means = (distributed.all_reduce_sum(sums) / len(pairs)).tolist()
     return {f"eval_{name}": value for name, value in zip(METRICS, means, strict=True)}
 
 
 def main(cfg: DPOConfig) -> None:
     started = time.time()
-    device = dist.setup(cfg.device, cfg.ddp_timeout)
-    if dist.rank() == 0:
+    device = distributed.setup(cfg.device, cfg.ddp_timeout)
+    if distributed.rank() == 0:
         claim_output_dir(cfg.output_dir, "dpo", cfg)
-    dist.barrier()
+    distributed.barrier()
 
     tokenizer = load_tokenizer(cfg.model_name_or_path)
     model, config = load_for_training(cfg, tokenizer, device)
@@ -103,27 +100,27 @@ def main(cfg: DPOConfig) -> None:
     prepare(model, cfg, device)  # an adapter is zero at first: still the reference
     sizes = [pair.num_tokens for pair in train]
     units, batch_size = batches_of([pair.stream_length for pair in train], cfg)
-    schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, dist.world_size(),
+    schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, distributed.world_size(),
                         cfg.seed, cfg.shuffle_dataset)
     total = schedule.total_steps(cfg.num_train_epochs, cfg.max_steps)
     ref = held_ref = torch.empty(0, 2)
     if cfg.precompute_ref_log_probs:
         first_epoch = [rows for step in range(min(total, schedule.steps_per_epoch))
-                       for rows in schedule.rows(step, dist.rank(), units)]
+                       for rows in schedule.rows(step, distributed.rank(), units)]
         cache = Path(cfg.output_dir) / "ref_logps.jsonl"
         ref = reference_logps(model, train, first_epoch, reference, cache, device)
     if held_out:
-        held_ref = reference_logps(model, held_out, eval_batches[dist.rank() :: dist.world_size()],
+        held_ref = reference_logps(model, held_out, eval_batches[distributed.rank() :: distributed.world_size()],
                                    reference, Path(cfg.output_dir) / "ref_logps_eval.jsonl", device)
     opt = Optimization(cfg, model, config, tokenizer, schedule)
     start = opt.resume(reference)
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         print(counts, *([held_counts] if held_counts else []), sep="\n")
         print(f"{total} steps, {schedule.steps_per_epoch} an epoch")
 
     log = MetricsLog(cfg.output_dir, start, total, opt.state.log)
     for step in range(start, total):
-        micro = [schedule.rows(step, rank, units) for rank in range(dist.world_size())]
+        micro = [schedule.rows(step, rank, units) for rank in range(distributed.world_size())]
         everyone = [i for rank in micro for rows in rank for i in rows]
         n_pairs, seen = len(everyone), sum(sizes[i] for i in everyone)
         sums = torch.zeros(len(METRICS), device=device)
@@ -135,7 +132,7 @@ def main(cfg: DPOConfig) -> None:
             loss, metrics = score(model, batch, known, cfg, scale=weight / n_pairs)
             loss.backward()
             sums += weight * metrics
-        dist.all_reduce_sum(sums)
+        distributed.all_reduce_sum(sums)
         grad_norm, finite = opt.step(step, sums[0], [train[i].id for i in everyone])
         opt.state.num_tokens += seen
 
@@ -155,13 +152,13 @@ def main(cfg: DPOConfig) -> None:
     log.close()
 
     opt.export()
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         write_run(cfg.output_dir, "dpo", cfg, [c for c in (counts, held_counts) if c], started,
                   steps=total, num_tokens=opt.state.num_tokens, best_step=opt.state.best_step,
                   reference=reference)
         print(f"{cfg.output_dir}: model, metrics.jsonl, run.json")
     opt.clean()
-    dist.shutdown()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

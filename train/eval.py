@@ -19,17 +19,27 @@ from pathlib import Path
 
 import torch
 
-from srit import dist
-from srit.config import EvalConfig, run
-from srit.evaluate import pool, summarise, table
-from srit.generations import Prompt, answer_all, fits, load_for_generation, make_row, read_prompts
+from srit.config import EvalConfig
+from srit.data.questions import dataset_name
+from srit.generation.engine import Result
+from srit.generation.loglikelihood import best, score_options
+from srit.generation.rollouts import (
+    Prompt,
+    answer_all,
+    fits,
+    load_for_generation,
+    make_row,
+    read_prompts,
+)
+from srit.grading.statistics import pool, summarise
+from srit.launch import run
 from srit.models import Decoder, KVCache
-from srit.models.files import InputError, atomic_write
-from srit.options import best, score_options
-from srit.records import Counts, dataset_name, write_jsonl
-from srit.runs import claim_output_dir, write_run
-from srit.sampling import Result
-from srit.tokenizer import Tokenizer
+from srit.runtime import distributed
+from srit.runtime.files import InputError, atomic_write
+from srit.runtime.jsonl import Counts, write_jsonl
+from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.runtime.table import table
+from srit.text.tokenizer import Tokenizer
 
 
 def choose_all(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], path: Path,
@@ -45,13 +55,13 @@ def choose_all(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], path
                     model.head_weight.device)
     # Summing over ranks puts the table together: each fills its own questions.
     logps = torch.zeros(len(prompts), 2, options, dtype=torch.float64, device=cache.lengths.device)
-    for at in range(dist.rank(), len(prompts), dist.world_size()):
+    for at in range(distributed.rank(), len(prompts), distributed.world_size()):
         choices = prompts[at].row["choices"]
         scores = score_options(model, tokenizer, cache, prompts[at].ids, choices)
         for form, key in enumerate(("letter", "text")):
             logps[at, form, : len(choices)] = torch.tensor(list(scores[key].values()))
     rows = []
-    for prompt, (letter, text) in zip(prompts, dist.all_reduce_sum(logps).tolist(), strict=True):
+    for prompt, (letter, text) in zip(prompts, distributed.all_reduce_sum(logps).tolist(), strict=True):
         choices, answer = prompt.row["choices"], prompt.row["answer"]
         by_letter, by_text = (dict(zip(choices, part, strict=False)) for part in (letter, text))
         picked = best(by_letter)
@@ -61,18 +71,18 @@ def choose_all(model: Decoder, tokenizer: Tokenizer, prompts: list[Prompt], path
             "correct_text": best(by_text) == answer,
             "correct_text_norm": best(by_text, choices) == answer,
         })
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         write_jsonl(path, rows)
     return rows
 
 
 def main(cfg: EvalConfig) -> None:
     started = time.time()
-    device = dist.setup(cfg.device)
+    device = distributed.setup(cfg.device)
     output_dir = Path(cfg.output_dir)
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         claim_output_dir(output_dir, "eval", cfg)
-    dist.barrier()
+    distributed.barrier()
 
     model, tokenizer = load_for_generation(cfg, device)
     prompts = read_prompts(cfg.eval_file, [cfg.prompt_style], tokenizer, cfg.limit)
@@ -103,14 +113,14 @@ def main(cfg: EvalConfig) -> None:
         "in_domain": pool([f for f in files.values() if f["in_domain"]]),
         "out_of_domain": pool([f for f in files.values() if f["in_domain"] is False]),
     }
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         with atomic_write(output_dir / "results.json") as handle:
             json.dump(results, handle, indent=2)
             handle.write("\n")
         print(show(results))
         write_run(output_dir, "eval", cfg, counts, started)
         print(f"{output_dir}: results.json, generations.jsonl, run.json")
-    dist.shutdown()
+    distributed.shutdown()
 
 
 def show(results: dict) -> str:

@@ -10,11 +10,13 @@ Out:  pairs.jsonl (prompt, chosen, rejected as message lists: TRL reads them too
 import time
 from pathlib import Path
 
-from srit.config import PairConfig, run
-from srit.models.files import InputError
-from srit.pairs import build_pairs, summarize
-from srit.records import read_demos, read_lines, require, write_jsonl
-from srit.runs import claim_output_dir, write_run
+from srit.config import PairConfig
+from srit.data.questions import read_demos
+from srit.grading.pairs import build_pairs, summarize
+from srit.launch import run
+from srit.runtime.files import InputError
+from srit.runtime.jsonl import read_lines, require, write_jsonl
+from srit.runtime.run_dir import claim_output_dir, write_run
 
 FIELDS = {"id": str, "task": str, "question": str, "answer": str, "sample": int,
           "prompt_style": str, "text": str, "finished": bool, "correct": bool}

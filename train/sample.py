@@ -17,21 +17,23 @@ Out:  samples.jsonl, one graded row for each question, style and sample; run.jso
 import time
 from pathlib import Path
 
-from srit import dist
-from srit.config import SampleConfig, run
-from srit.evaluate import summarise, table
-from srit.generations import answer_all, fits, load_for_generation, read_prompts
-from srit.models.files import InputError
-from srit.records import Counts
-from srit.runs import claim_output_dir, write_run
+from srit.config import SampleConfig
+from srit.generation.rollouts import answer_all, fits, load_for_generation, read_prompts
+from srit.grading.statistics import summarise
+from srit.launch import run
+from srit.runtime import distributed
+from srit.runtime.files import InputError
+from srit.runtime.jsonl import Counts
+from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.runtime.table import table
 
 
 def main(cfg: SampleConfig) -> None:
     started = time.time()
-    device = dist.setup(cfg.device)
-    if dist.rank() == 0:
+    device = distributed.setup(cfg.device)
+    if distributed.rank() == 0:
         claim_output_dir(cfg.output_dir, "sample", cfg)
-    dist.barrier()
+    distributed.barrier()
 
     model, tokenizer = load_for_generation(cfg, device)
     counts, prompts = Counts("prompts"), []
@@ -43,12 +45,12 @@ def main(cfg: SampleConfig) -> None:
             counts.drop(f"too long with max_new_tokens {cfg.max_new_tokens}")
     if not prompts:
         raise InputError(f"nothing to answer: {counts}")
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         print(f"{counts}, {cfg.num_samples} samples each")
 
     rows = answer_all(model, tokenizer, prompts, Path(cfg.output_dir) / "samples.jsonl", cfg)
 
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         styles = {style: summarise(row for row in rows if row["prompt_style"] == style)
                   for style in cfg.prompt_style}
         print(table(["style", "questions", "samples", "correct", "finished", "tokens", "unparsed"],
@@ -57,7 +59,7 @@ def main(cfg: SampleConfig) -> None:
                      for style, s in styles.items()]))
         write_run(cfg.output_dir, "sample", cfg, [counts], started, styles=styles)
         print(f"{cfg.output_dir}: samples.jsonl, run.json")
-    dist.shutdown()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

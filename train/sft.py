@@ -18,22 +18,19 @@ import time
 import torch
 from torch import Tensor
 
-from srit import dist
-from srit.config import SFTConfig, run
-from srit.data import Batch, Schedule, collate
-from srit.log import MetricsLog
+from srit.config import SFTConfig
+from srit.data.batch_sampler import Schedule
+from srit.data.batches import Batch, collate
+from srit.data.examples import Example, read_sft
+from srit.launch import run
 from srit.losses import linear_nll, token_logps, trained_hidden
 from srit.models import Decoder
-from srit.rows import Example, read_sft
-from srit.runs import claim_output_dir, write_run
-from srit.tokenizer import load_tokenizer
-from srit.training import (
-    Optimization,
-    batches_of,
-    load_for_training,
-    longest_row,
-    prepare,
-)
+from srit.runtime import distributed
+from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.text.tokenizer import load_tokenizer
+from srit.training import parallel
+from srit.training.metrics import MetricsLog
+from srit.training.setup import Optimization, batches_of, load_for_training, longest_row, prepare
 
 METRICS = ("loss", "entropy", "mean_token_accuracy")
 
@@ -52,22 +49,22 @@ def evaluate(model: Decoder, examples: list[Example], batch_size: int,
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    for some, weight in dist.in_step(batches[dist.rank() :: dist.world_size()], batches[0]):
+    for some, weight in distributed.pad_to_longest_rank(batches[distributed.rank() :: distributed.world_size()], batches[0]):
         batch = collate([[e.tokens] for e in some]).to(device)
         total[0] -= weight * token_logps(model, batch).sum()
         total[1] += weight * len(batch.targets)
-    nll, tokens = dist.all_reduce_sum(total).tolist()
+    nll, tokens = distributed.all_reduce_sum(total).tolist()
     model.train()
-    dist.end_scoring(model)
+    parallel.reshard(model)
     return nll / tokens
 
 
 def main(cfg: SFTConfig) -> None:
     started = time.time()
-    device = dist.setup(cfg.device, cfg.ddp_timeout)
-    if dist.rank() == 0:
+    device = distributed.setup(cfg.device, cfg.ddp_timeout)
+    if distributed.rank() == 0:
         claim_output_dir(cfg.output_dir, "sft", cfg)
-    dist.barrier()
+    distributed.barrier()
 
     tokenizer = load_tokenizer(cfg.model_name_or_path)
     model, config = load_for_training(cfg, tokenizer, device)
@@ -84,18 +81,18 @@ def main(cfg: SFTConfig) -> None:
     lengths = [len(e.tokens.ids) for e in train]
     trained = [sum(e.tokens.mask[1:]) for e in train]
     units, batch_size = batches_of(lengths, cfg, capacity=max_length if cfg.packing else 0)
-    schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, dist.world_size(),
+    schedule = Schedule(len(units), batch_size, cfg.gradient_accumulation_steps, distributed.world_size(),
                         cfg.seed, cfg.shuffle_dataset)
     opt = Optimization(cfg, model, config, tokenizer, schedule)
     start = opt.resume()
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         print(counts, *([held_counts] if held_counts else []), sep="\n")
         print(f"{opt.total} steps, {schedule.steps_per_epoch} an epoch, {sum(lengths):,} tokens, "
               f"{sum(trained):,} of them trained")
 
     log = MetricsLog(cfg.output_dir, start, opt.total, opt.state.log)
     for step in range(start, opt.total):
-        micro = [schedule.rows(step, rank, units) for rank in range(dist.world_size())]
+        micro = [schedule.rows(step, rank, units) for rank in range(distributed.world_size())]
         everyone = [i for rank in micro for rows in rank for i in rows]
         n_trained, seen = sum(trained[i] for i in everyone), sum(lengths[i] for i in everyone)
         sums = torch.zeros(len(METRICS), device=device)
@@ -104,7 +101,7 @@ def main(cfg: SFTConfig) -> None:
             loss, metrics = score(model, batch, weight / n_trained)
             loss.backward()
             sums += weight * metrics
-        dist.all_reduce_sum(sums)
+        distributed.all_reduce_sum(sums)
         grad_norm, finite = opt.step(step, sums[0], [train[i].id for i in everyone])
         opt.state.num_tokens += seen
 
@@ -124,12 +121,12 @@ def main(cfg: SFTConfig) -> None:
     log.close()
 
     opt.export()
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         write_run(cfg.output_dir, "sft", cfg, [c for c in (counts, held_counts) if c], started,
                   steps=opt.total, num_tokens=opt.state.num_tokens, best_step=opt.state.best_step)
         print(f"{cfg.output_dir}: model, metrics.jsonl, run.json")
     opt.clean()
-    dist.shutdown()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""`srit data`: question rows from the files that data sets are published as.
+
+name         published file                                           fields that are read
+gsm8k        train.jsonl, test.jsonl (openai/grade-school-math)       question answer
+svamp        SVAMP.json (arkilpatel/SVAMP)                            Body Question Answer
+multiarith   MultiArith.json; addsub, singleeq, singleop likewise     sQuestion lSolutions
+aqua         train.json, dev.json, test.json (google-deepmind/AQuA)   question options correct
+csqa         train_rand_split.jsonl ... (CommonsenseQA)               question answerKey
+obqa, arc    train.jsonl ... (allenai's OpenBookQA and ARC)           question answerKey
+piqa         train.jsonl, and --labels train-labels.lst               goal sol1 sol2
+siqa         train.jsonl, and --labels train-labels.lst               context question answerA ...
+mmlu         <subject>_test.csv, without a header                     question A B C D answer
+synthetic    none: the demo's own word problems, each with a teacher's demonstration
+
+Licences and splits are the data sets' own; nothing is fetched unless --input names a hub file.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from srit.commands.demo_data import generate
+from srit.data.questions import check_question
+from srit.grading.answers import numbers, show
+from srit.runtime.files import InputError
+from srit.runtime.jsonl import Counts, read_lines, write_jsonl
+
+LETTERS = "ABCDEFGHIJ"
+Raw = tuple[str, Any]  # place for messages, record
+
+
+class NoTruth(Exception):
+    """The record has no ground truth: a hidden test set."""
+
+
+def number(value: Any) -> str:
+    """"1,234.0" and 1234.0 are "1234"."""
+    found = numbers(str(value))
+    if not found:
+        raise NoTruth
+    return show(found[-1])
+
+
+def math(question: str, answer: Any) -> dict:
+    return {"task": "math", "question": " ".join(question.split()), "answer": number(answer)}
+
+
+def choice(question: str, options: list[str], answer: int) -> dict:
+    """`answer` counts from 0."""
+    if not 0 <= answer < len(options):
+        raise NoTruth
+    choices = dict(zip(LETTERS, (" ".join(o.split()) for o in options), strict=False))
+    return {"task": "choice", "question": " ".join(question.split()), "choices": choices,
+            "answer": LETTERS[answer]}
+
+
+def gsm8k(raw: dict) -> dict:
+    return math(raw["question"], raw["answer"].rpartition("####")[2])
+
+
+def svamp(raw: dict) -> dict:
+    body = raw["Body"].strip()
+    return math(f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {raw['Question']}",
+                raw["Answer"])
+
+
+def mawps(raw: dict) -> dict:
+    return math(raw["sQuestion"], raw["lSolutions"][0])
+
+
+def aqua(raw: dict) -> dict:
+    options = [option.partition(")")[2] for option in raw["options"]]
+    return choice(raw["question"], options, LETTERS.index(raw["correct"]))
+
+
+def stem_choices(raw: dict) -> dict:
+    """CommonsenseQA, OpenBookQA and ARC; some of ARC's labels are 1 to 4."""
+    question = raw["question"]
+    labels = [option["label"] for option in question["choices"]]
+    if raw.get("answerKey") not in labels:
+        raise NoTruth
+    return choice(question["stem"], [option["text"] for option in question["choices"]],
+                  labels.index(raw["answerKey"]))
+
+
+def piqa(raw: dict) -> dict:
+    return choice(raw["goal"], [raw["sol1"], raw["sol2"]], int(raw.get("label", -1)))
+
+
+def siqa(raw: dict) -> dict:
+    """Labels are 1 to 3."""
+    return choice(f"{raw['context']} {raw['question']}",
+                  [raw["answerA"], raw["answerB"], raw["answerC"]], int(raw.get("label", 0)) - 1)
+
+
+def mmlu(raw: list[str]) -> dict:
+    question, *options, answer = raw
+    return choice(question, options, LETTERS.index(answer.strip()))
+
+
+FORMATS: dict[str, Callable[[Any], dict]] = {
+    "gsm8k": gsm8k, "svamp": svamp, "multiarith": mawps, "addsub": mawps, "singleeq": mawps,
+    "singleop": mawps, "aqua": aqua, "csqa": stem_choices, "obqa": stem_choices,
+    "arc": stem_choices, "piqa": piqa, "siqa": siqa, "mmlu": mmlu,
+}
+
+
+@dataclass
+class DataConfig:
+    """Convert a published data set to questions, or make synthetic ones."""
+
+    name: Literal["gsm8k", "svamp", "multiarith", "addsub", "singleeq", "singleop", "aqua", "csqa",
+                  "obqa", "arc", "piqa", "siqa", "mmlu", "synthetic"]
+    """Data set, which says what the published file looks like."""
+    output: str
+    """Questions file to write (JSON Lines)."""
+    input: str | None = None
+    """Published file; hub:OWNER/NAME:FILE fetches it from that data set on the Hugging Face hub."""
+    labels: str | None = None
+    """Labels file, one label a line, where answers are published apart (piqa, siqa)."""
+    limit: int | None = None
+    """Only the first records."""
+    seed: int = 0
+    """synthetic: seed."""
+    num_rows: int = 1000
+    """synthetic: number of questions."""
+    domain: Literal["in", "out"] = "in"
+    """synthetic: the demo's training world, or its out-of-domain test."""
+
+
+def read_raw(path: Path) -> Iterator[Raw]:
+    """Records of a .json list, .csv, or JSON Lines file, with their places."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8") as handle:
+                for at, row in enumerate(csv.reader(handle), 1):
+                    yield f"{path}:{at}", row
+            return
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV ({error})") from None
+    except json.JSONDecodeError:  # several values: JSON Lines
+        yield from read_lines(path)
+        return
+    records = records if isinstance(records, list) else [records]
+    for at, record in enumerate(records, 1):
+        yield f"{path}: record {at}", record
+
+
+def with_labels(records: list[Raw], file: str) -> list[Raw]:
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    labels = path.read_text(encoding="utf-8").split()
+    if len(labels) != len(records):
+        raise InputError(f"{path}: {len(labels):,} labels for {len(records):,} records")
+    return [(where, dict(raw, label=label) if isinstance(raw, dict) else raw)
+            for (where, raw), label in zip(records, labels, strict=True)]
+
+
+def convert(name: str, records: list[Raw], prefix: str) -> tuple[list[dict], Counts]:
+    """Question rows; records without ground truth and repeated questions are dropped and counted.
+
+    Raises InputError for a record that does not look like this data set's.
+    """
+    rows, counts, seen = [], Counts("records"), set()
+    for at, (where, raw) in enumerate(records):
+        try:
+            row = {"id": f"{prefix}-{at}", **FORMATS[name](raw)}
+        except NoTruth:
+            counts.drop("without ground truth")
+            continue
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: does not look like a record of {name} "
+                             f"({type(error).__name__}: {error})") from None
+        check_question(row, where)
+        key = json.dumps([row["question"], row.get("choices")])
+        if key in seen:
+            counts.drop("repeated")
+            continue
+        seen.add(key)
+        counts.use()
+        rows.append(row)
+    return rows, counts
+
+
+def fetch(name: str) -> Path:
+    """A local file, or hub:OWNER/NAME:FILE from the Hugging Face hub."""
+    if not name.startswith("hub:"):
+        return Path(name)
+    repository, _, file = name.removeprefix("hub:").partition(":")
+    if not file:
+        raise InputError(f"--input {name}: write it as hub:OWNER/NAME:FILE")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset"))
+    except Exception as error:  # no network, no such repository, no such file, no permission
+        raise InputError(f"--input {name}: {type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:300]}") from None
+
+
+def main(cfg: DataConfig) -> None:
+    started = time.time()
+    if cfg.name == "synthetic":
+        rows, counts = generate(cfg.num_rows, cfg.seed, cfg.domain), Counts("questions")
+        counts.use(len(rows))
+    else:
+        if cfg.input is None:
+            raise InputError(f"--name {cfg.name} needs --input, the published file")
+        path = fetch(cfg.input)
+        records = list(read_raw(path))[: cfg.limit]
+        if cfg.labels:
+            records = with_labels(records, cfg.labels)
+        rows, counts = convert(cfg.name, records, f"{cfg.name}-{path.stem}")
+        if not rows:
+            raise InputError(f"{path}: no question with ground truth: {counts}")
+    write_jsonl(cfg.output, rows)
+    print(counts, f"{cfg.output}: {len(rows):,} questions, {time.time() - started:.1f} s", sep="\n")

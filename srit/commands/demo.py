@@ -1,0 +1,168 @@
+"""`srit demo`: the whole method, from nothing, on a small world of word problems.
+
+1. The world: questions, a programmed teacher's demonstrations, two test sets. One demonstration in
+   ten is wrong, and four in ten state the result without the steps, as real teachers do.
+2. The base model: a small llama and its tokenizer, trained here on one-step problems: explained in
+   running text, answered at once in a chat. It knows words, sums and one-step stories.
+3. runs/demo.yaml, as `srit run` does it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
+"""
+
+import csv
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from srit.commands import run
+from srit.commands.demo_data import PROBLEMS, generate, problem
+from srit.models import Decoder, ModelConfig, save_model
+from srit.recipe import Stage
+from srit.runtime.files import InputError, atomic_write
+from srit.runtime.jsonl import write_jsonl
+from srit.runtime.table import table
+from srit.text.prompts import question_messages
+from srit.text.tokenizer import Tokenizer
+
+RECIPE = Path(__file__).resolve().parent.parent / "runs" / "demo.yaml"
+SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MODEL = {
+    "model_type": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+    "pad_token_id": 0, "eos_token_id": 3,
+}
+INIT_STD = 0.06  # narrower, and so small a model copies and adds much later
+BASE_TRAINING = {
+    "max_length": 256, "num_train_epochs": 1, "learning_rate": 3e-3, "warmup_ratio": 0.05,
+    "weight_decay": 0.01, "adam_beta2": 0.95, "per_device_train_batch_size": 32,
+    "dtype": "float32", "device": "cpu", "logging_steps": 50,
+}
+SIZES = {"base": 24000, "demos": 1200, "questions": 1200, "test": 400}
+
+
+@dataclass
+class DemoConfig:
+    """The whole method on a small world that it makes itself, on two CPU cores."""
+
+    output_dir: str = "out/demo"
+    """Where everything goes, a folder a seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of world, base model and method; several: the method is run as often."""
+    recipe: str = str(RECIPE)
+    """Recipe of the method; ${SRIT_DEMO_DIR} in it is the folder of the seed."""
+
+
+def plain_rows(n: int, seed: int) -> Iterator[dict]:
+    """What the base model reads: one-step problems, two explained on a line or one in a chat.
+
+    In a chat it answers at once, so what it does there is guess; that it can explain is for the
+    instruction to bring out.
+    """
+    rng = random.Random(f"{seed} plain")
+    for _ in range(n):
+        first, second = problem(rng, "base"), problem(rng, "base")
+        if rng.random() < 0.25:
+            message = question_messages(first, rng.choice(("direct", "cot")))
+            yield {"prompt": message, "completion": f"The answer is {first['answer']}."}
+        else:
+            yield {
+                "prompt": f"{first['question']} {second['question']} ",
+                "completion": f"{first['completion']} {second['completion']}",
+            }
+
+
+def make_world(directory: Path, seed: int) -> None:
+    """Write base.jsonl, demos.jsonl, questions.jsonl and two test sets; no question is shared."""
+    inside = generate(SIZES["questions"] + SIZES["test"], seed, "in")
+    outside = generate(SIZES["test"], seed, "out")
+    train, test = inside[: SIZES["questions"]], inside[SIZES["questions"] :]
+    write_jsonl(directory / "base.jsonl", plain_rows(SIZES["base"], seed))
+    write_jsonl(directory / "demos.jsonl", train[: SIZES["demos"]])
+    for name, rows in (("questions.jsonl", train), ("stories/test.jsonl", test),
+                       ("other-stories/test.jsonl", outside)):
+        keys = ("id", "task", "question", "answer")
+        write_jsonl(directory / name, [{key: row[key] for key in keys} for row in rows])
+
+
+def make_tokenizer(seed: int) -> Tokenizer:
+    """Byte-level BPE on texts of the world, large enough to make its words single tokens."""
+    rows = [row for domain in PROBLEMS for row in generate(1500, seed, domain)]
+    texts = [f"{question_messages(row, 'cot')[0]['content']}\n{row['completion']}" for row in rows]
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, {"eos_token": "<|end|>", "pad_token": "<|pad|>"}, TEMPLATE)
+
+
+def make_untrained(directory: Path, seed: int) -> None:
+    """A checkpoint with random weights."""
+    tokenizer = make_tokenizer(seed)
+    config = ModelConfig.from_dict({**MODEL, "vocab_size": tokenizer.vocab_size})
+    model = Decoder(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, INIT_STD, generator=generator)
+    save_model(model, config, directory)
+    tokenizer.save(directory)
+
+
+def run_seed(cfg: DemoConfig, seed: int) -> Path:
+    """World, base model and method of one seed; finished parts are not made again."""
+    root = Path(cfg.output_dir) / f"seed-{seed}"
+    base = Stage("base", "sft", {
+        **BASE_TRAINING, "seed": seed, "model_name_or_path": str(root / "untrained"),
+        "train_file": [str(root / "data" / "base.jsonl")], "output_dir": str(root / "base")})
+    if not run.is_finished(base):
+        make_world(root / "data", seed)
+        make_untrained(root / "untrained", seed)
+        print(f"[base] a model of {SIZES['base']:,} one-step problems", flush=True)
+        run.run_stage(base)
+    os.environ["SRIT_DEMO_DIR"] = str(root)
+    run.main(run.RunConfig(config=cfg.recipe, output_dir=str(root), seed=seed))
+    return root
+
+
+def main(cfg: DemoConfig) -> None:
+    if not Path(cfg.recipe).is_file():
+        raise InputError(f"--recipe {cfg.recipe}: no such file; it stands in runs/ of the source")
+    roots = {seed: run_seed(cfg, seed) for seed in cfg.seeds}
+    print(seeds_table(roots, Path(cfg.output_dir) / "seeds.csv"))
+
+
+def seeds_table(roots: dict[int, Path], file: Path) -> str:
+    """Accuracy of the three models by seed, as text; with its origin into a CSV file."""
+    names = {"eval-base": "baseline", "eval-sft": "instructed", "eval-dpo": "self-refined"}
+    rows, lines = [], []
+    for seed, root in roots.items():
+        line = [f"seed {seed}"]
+        for key in ("in_domain", "out_of_domain"):
+            for stage, name in names.items():
+                found = json.loads((root / stage / "results.json").read_text())[key]
+                run = json.loads((root / stage / "run.json").read_text())
+                line.append(f"{found['accuracy']:.1%}")
+                rows.append({"seed": seed, "model": name, "test": key, "n": found["n"],
+                             "accuracy": found["accuracy"], "commit": run["commit"],
+                             "torch": run["versions"]["torch"], "machine": run["machine"]})
+        lines.append(line)
+    with atomic_write(file) as handle:
+        writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    header = [f"{name}, {end}" for end in ("in", "out") for name in names.values()]
+    return table(["", *header], lines)

@@ -1,0 +1,147 @@
+"""Training files to rendered rows: what each stage reads, checks, filters and counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srit.data.batches import shared_length
+from srit.data.questions import check_question
+from srit.grading.answers import grade
+from srit.runtime.files import InputError
+from srit.runtime.jsonl import Counts, read_lines, require
+from srit.text.prompts import Rendered, question_messages, render, render_conversation
+from srit.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Example:
+    """One SFT row."""
+
+    id: str
+    tokens: Rendered
+
+
+@dataclass
+class Pair:
+    """One preference: the same prompt ids, then the chosen or the rejected completion."""
+
+    id: str
+    chosen: Rendered
+    rejected: Rendered
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.chosen.ids) + len(self.rejected.ids)
+
+    @property
+    def stream_length(self) -> int:
+        """Tokens that a forward pass reads: the common beginning stands there once."""
+        return self.num_tokens - shared_length([self.chosen, self.rejected])
+
+
+def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
+             prompt_style: Sequence[str], filter_demos: bool) -> tuple[list[Example], Counts]:
+    """SFT examples from demonstrations, or from TRL rows (`prompt`/`completion`, or `messages`).
+
+    A demonstration whose final answer is not the ground truth is dropped (`filter_demos`), and so
+    is a row longer than `max_length`; both are counted. Raises InputError for a malformed row
+    (file and line) and when nothing is left.
+    """
+    examples, counts = [], Counts("demonstrations")
+    for file in files:
+        for where, row in read_lines(file):
+            if "messages" in row:
+                rendered = [_at(where, render_conversation, tokenizer, row["messages"])]
+            elif "question" in row:
+                check_question(row, where)
+                require(row, "completion", str, where)
+                if _is_empty(row["completion"]):
+                    counts.drop("empty completion")
+                    continue
+                if filter_demos and not grade(row["completion"], row).correct:
+                    counts.drop("answer differs from the ground truth")
+                    continue
+                rendered = [
+                    _at(where, render, tokenizer, question_messages(row, style), row["completion"])
+                    for style in prompt_style
+                ]
+            else:
+                for key in ("prompt", "completion"):
+                    if key not in row:
+                        raise InputError(f"{where}: the row has no field '{key}' (expected a "
+                                         "demonstration, prompt/completion, or messages)")
+                if _is_empty(row["completion"]):
+                    counts.drop("empty completion")
+                    continue
+                rendered = [_at(where, render, tokenizer, row["prompt"], row["completion"])]
+            if any(len(r.ids) > max_length for r in rendered):
+                counts.drop(f"longer than max_length {max_length}")
+                continue
+            if not all(any(r.mask) for r in rendered):
+                counts.drop("no token to train")
+                continue
+            counts.use()
+            examples += [Example(str(row.get("id", where)), r) for r in rendered]
+    if not examples:
+        raise InputError(f"nothing to train on: {counts}")
+    return examples, counts
+
+
+def read_pairs(files: Sequence[str], tokenizer: Tokenizer,
+               max_length: int) -> tuple[list[Pair], Counts]:
+    """Preference pairs: `prompt`, `chosen`, `rejected`, each a string or a message list.
+
+    Without `prompt`, chosen and rejected are conversations that share their first messages. A pair
+    is dropped, and counted, when a side is longer than `max_length` (a cut answer would be trained
+    as if it were whole), empty, or the same as the other.
+    """
+    pairs, counts = [], Counts("pairs")
+    for file in files:
+        for where, row in read_lines(file):
+            for key in ("chosen", "rejected"):
+                if key not in row:
+                    raise InputError(f"{where}: the row has no field '{key}'")
+            prompt, chosen, rejected = _split_prompt(row, where)
+            if _is_empty(chosen) or _is_empty(rejected):
+                counts.drop("empty completion")
+                continue
+            a = _at(where, render, tokenizer, prompt, chosen)
+            b = _at(where, render, tokenizer, prompt, rejected)
+            if len(a.ids) - sum(a.mask) >= max_length:
+                counts.drop(f"prompt longer than max_length {max_length}")
+            elif max(len(a.ids), len(b.ids)) > max_length:
+                counts.drop(f"completion beyond max_length {max_length}")
+            elif a.ids == b.ids:
+                counts.drop("chosen and rejected are the same")
+            else:
+                counts.use()
+                pairs.append(Pair(str(row.get("id", where)), a, b))
+    if not pairs:
+        raise InputError(f"nothing to train on: {counts}")
+    return pairs, counts
+
+
+def _split_prompt(row: dict, where: str) -> tuple:
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row:
+        return row["prompt"], chosen, rejected
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise InputError(f"{where}: the row has no field 'prompt'")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _is_empty(completion: object) -> bool:
+    """No text at all: a blank string, no message, or one blank message."""
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        completion = completion[0].get("content")
+    return not (completion.strip() if isinstance(completion, str) else completion)
+
+
+def _at(where: str, function, *arguments) -> Rendered:
+    """Call, with the row's place in front of whatever is wrong with it."""
+    try:
+        return function(*arguments)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

@@ -1,0 +1,53 @@
+"""Question and demonstration rows, checked as they are read."""
+
+from pathlib import Path
+
+from srit.runtime.files import InputError
+from srit.runtime.jsonl import read_lines, require
+
+TASKS = ("math", "choice")
+
+
+def check_question(row: dict, where: str) -> dict:
+    """A question row as it should be, or InputError."""
+    for key in ("id", "task", "question", "answer"):
+        require(row, key, str, where)
+    if row["task"] not in TASKS:
+        raise InputError(f"{where}: field 'task' must be one of {TASKS}, got {row['task']!r}")
+    if not row["question"].strip():
+        raise InputError(f"{where}: field 'question' is empty")
+    if row["task"] == "choice":
+        require(row, "choices", dict, where)
+        if row["answer"] not in row["choices"]:
+            raise InputError(
+                f"{where}: answer {row['answer']!r} is not one of the choices {list(row['choices'])}"
+            )
+    return row
+
+
+def _read(path: str | Path, extra: tuple[str, ...]) -> list[dict]:
+    lines, seen = read_lines(path), {}
+    for where, row in lines:
+        check_question(row, where)
+        for key in extra:
+            require(row, key, str, where)
+        if row["id"] in seen:
+            raise InputError(f"{where}: id {row['id']!r} stands already at {seen[row['id']]}")
+        seen[row["id"]] = where
+    return [row for _, row in lines]
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """Question rows: `id, task, question, answer`, and `choices` for multiple choice."""
+    return _read(path, ())
+
+
+def read_demos(path: str | Path) -> list[dict]:
+    """Demonstrations: question rows with the teacher's `completion`."""
+    return _read(path, ("completion",))
+
+
+def dataset_name(path: str | Path) -> str:
+    """`svamp` for svamp/dev.jsonl, `questions` for questions.jsonl."""
+    path = Path(path)
+    return path.parent.name if path.stem in ("train", "dev", "test") else path.stem

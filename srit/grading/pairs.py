@@ -1,0 +1,166 @@
+"""Preference pairs from graded samples: the policies, and why a question gave no pair.
+
+Legend: w preferred (chosen), l dispreferred (rejected). Everything is decided per question, with a
+random generator seeded by (seed, question id), so the order of the input does not matter.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from srit.grading.answers import grade
+from srit.runtime.files import InputError
+from srit.runtime.jsonl import Counts
+from srit.text.prompts import question_messages
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer to a question, with what the audit wants to know."""
+
+    text: str
+    style: str  # direct or cot
+    source: str  # self or teacher
+    sample: int | None
+    extracted: str | None
+    correct: bool
+
+
+def paper(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
+    """w: a right CoT answer of the student, else the teacher's; l: an answer to the direct prompt.
+
+    arXiv 2405.00402. A right l teaches style, not truth: the summary counts these pairs.
+    """
+    right = [c for c in own if c.style == "cot" and c.correct]
+    direct = [c for c in own if c.style == "direct"]
+    return right or teacher, direct, _why(right or teacher, direct, "no answer without CoT prompt")
+
+
+def correctness(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
+    """w: a right CoT answer of the student; l: a wrong one to the same prompt (2407.18248)."""
+    cot = [c for c in own if c.style == "cot"]
+    right, wrong = [c for c in cot if c.correct], [c for c in cot if not c.correct]
+    return right, wrong, _why(right, wrong, "every CoT answer right")
+
+
+def mixed(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
+    """w: as in `paper`; l: any wrong answer of the student, with or without the CoT prompt."""
+    right = [c for c in own if c.style == "cot" and c.correct]
+    wrong = [c for c in own if not c.correct]
+    return right or teacher, wrong, _why(right or teacher, wrong, "every answer right")
+
+
+POLICIES = {"paper": paper, "correctness": correctness, "mixed": mixed}
+
+
+def _why(chosen: list[Candidate], rejected: list[Candidate], none_rejected: str) -> str:
+    if not chosen:
+        return "no right answer to prefer"
+    return "" if rejected else none_rejected
+
+
+def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "paper",
+                pair_prompt: str = "cot", selection: str = "uniform", max_pairs_per_question: int = 1,
+                seed: int = 0) -> tuple[list[dict], list[Counts]]:
+    """Pairs, and the counts of samples and of questions: used, or dropped by reason.
+
+    Args:
+        samples: graded rows of train/sample.py. demos: teacher demonstrations of the same questions;
+            those with a wrong answer are left aside.
+        pair_prompt: the prompt style of the pair's prompt. selection: which of the possible pairs
+            are kept, `uniform` or `closest_length` (closest number of characters).
+    Raises InputError for an unknown policy, or two different texts for one sample.
+    """
+    if policy not in POLICIES:
+        raise InputError(f"policy {policy!r}: must be one of {', '.join(POLICIES)}")
+    questions, own, sample_counts = _usable(samples)
+    teacher: dict[str, list[Candidate]] = defaultdict(list)
+    for row in demos:
+        found = grade(row["completion"], row)
+        if found.correct:
+            teacher[row["id"]].append(Candidate(row["completion"].strip(), "cot", "teacher", None,
+                                                found.extracted, True))
+    pairs, counts = [], Counts("questions")
+    for key in sorted(questions):
+        chosen, rejected, why = POLICIES[policy](own[key], teacher[key])
+        possible = [(w, r) for w in chosen for r in rejected
+                    if " ".join(w.text.split()) != " ".join(r.text.split())]
+        if why or not possible:
+            counts.drop(why or "chosen and rejected are the same text")
+            continue
+        counts.use()
+        picked = _select(possible, selection, max_pairs_per_question, f"{seed} {key}")
+        pairs += [_row(questions[key], w, r, policy, pair_prompt, n)
+                  for n, (w, r) in enumerate(picked)]
+    return pairs, [sample_counts, counts]
+
+
+def _usable(samples: Sequence[dict]) -> tuple[dict, dict, Counts]:
+    """Finished, non-empty, distinct answers by question."""
+    counts = Counts("samples")
+    questions: dict[str, dict] = {}
+    own: dict[str, list[Candidate]] = defaultdict(list)
+    seen: dict[tuple, str] = {}
+    texts: set[tuple[str, str]] = set()
+    for row in sorted(samples, key=lambda r: (r["id"], r["prompt_style"], r["sample"], r["text"])):
+        key = row["id"], row["prompt_style"], row["sample"]
+        if seen.setdefault(key, row["text"]) != row["text"]:
+            raise InputError(f"two different texts for question {key[0]!r}, style {key[1]}, sample "
+                             f"{key[2]}: do the files come from different runs?")
+        questions[row["id"]] = row
+        distinct = row["id"], " ".join(row["text"].split())
+        if not row["finished"]:
+            counts.drop("cut off at max_new_tokens")
+        elif not distinct[1]:
+            counts.drop("empty")
+        elif distinct in texts:
+            counts.drop("duplicate text")
+        else:
+            counts.use()
+            texts.add(distinct)
+            own[row["id"]].append(Candidate(row["text"].strip(), row["prompt_style"], "self",
+                                            row["sample"], row["extracted"], row["correct"]))
+    return questions, own, counts
+
+
+def _select(possible: list[tuple[Candidate, Candidate]], selection: str, most: int,
+            seed: str) -> list[tuple[Candidate, Candidate]]:
+    random.Random(seed).shuffle(possible)
+    if selection == "closest_length":
+        possible.sort(key=lambda pair: abs(len(pair[0].text) - len(pair[1].text)))
+    picked: list[tuple[Candidate, Candidate]] = []
+    for w, r in possible:
+        # A text twice on the same side would weigh double.
+        if len(picked) < most and all(w is not a and r is not b for a, b in picked):
+            picked.append((w, r))
+    return picked
+
+
+def _row(question: dict, w: Candidate, r: Candidate, policy: str, pair_prompt: str,
+         number: int) -> dict:
+    def turn(text: str) -> list[dict]:
+        return [{"role": "assistant", "content": text}]
+
+    return {
+        "id": question["id"] if number == 0 else f"{question['id']}#{number}",
+        "prompt": question_messages(question, pair_prompt),
+        "chosen": turn(w.text), "rejected": turn(r.text), "policy": policy,
+        "answer": question["answer"], "chosen_source": w.source, "chosen_style": w.style,
+        "chosen_sample": w.sample, "chosen_extracted": w.extracted,
+        "rejected_style": r.style, "rejected_sample": r.sample,
+        "rejected_extracted": r.extracted, "rejected_correct": r.correct,
+    }
+
+
+def summarize(pairs: Sequence[dict]) -> dict[str, float]:
+    """What the pairs teach: where they come from, how many teach style only, how long they are."""
+    return {
+        "pairs": len(pairs),
+        "chosen_from_teacher": sum(p["chosen_source"] == "teacher" for p in pairs),
+        "rejected_correct": sum(p["rejected_correct"] for p in pairs),
+        "rejected_direct": sum(p["rejected_style"] == "direct" for p in pairs),
+        "chosen_mean_characters": round(mean(len(p["chosen"][0]["content"]) for p in pairs), 1),
+        "rejected_mean_characters": round(mean(len(p["rejected"][0]["content"]) for p in pairs), 1),
+    }

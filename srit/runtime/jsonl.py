@@ -1,0 +1,90 @@
+"""JSON Lines in and out, checked row by row, and the counts every stage prints."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from srit.runtime.files import InputError, atomic_write
+
+
+def read_lines(path: str | Path) -> list[tuple[str, dict]]:
+    """(place, row) of a JSON Lines file; place is "file:line". Raises InputError naming it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    rows = []
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: expected an object, got {type(row).__name__}")
+            rows.append((f"{path}:{number}", row))
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """All rows of a JSON Lines file."""
+    return [row for _, row in read_lines(path)]
+
+
+def has_rows(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop a last line that a killed run did not write to its end."""
+    if path.is_file():
+        data = path.read_bytes()
+        with open(path, "r+b") as handle:
+            handle.truncate(data.rfind(b"\n") + 1)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write rows atomically, one JSON object a line, UTF-8."""
+    with atomic_write(path) as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def require(row: dict, key: str, kind: type, where: str) -> None:
+    if key not in row:
+        raise InputError(f"{where}: the row has no field '{key}' (it has {sorted(row)})")
+    if not isinstance(row[key], kind):
+        raise InputError(
+            f"{where}: field '{key}' must be {kind.__name__}, got {type(row[key]).__name__}"
+        )
+
+
+class Counts:
+    """Rows in = used + dropped by reason. Every row that enters a stage is counted once."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.used, self.dropped = name, 0, Counter()
+
+    def use(self, n: int = 1) -> None:
+        self.used += n
+
+    def drop(self, reason: str, n: int = 1) -> None:
+        self.dropped[reason] += n
+
+    def as_dict(self) -> dict:
+        return {
+            "in": self.used + sum(self.dropped.values()),
+            "used": self.used,
+            "dropped": dict(self.dropped),
+        }
+
+    def __str__(self) -> str:
+        total = self.used + sum(self.dropped.values())
+        reasons = "".join(f", {n:,} {reason}" for reason, n in self.dropped.most_common())
+        return f"{self.name}: {total:,} rows in = {self.used:,} used{reasons}"

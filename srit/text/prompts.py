@@ -1,0 +1,152 @@
+"""The one place that turns a question or a conversation into ids, and says which are trained.
+
+SFT, sampling, DPO and evaluation all render here, so a template cannot drift between stages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srit.runtime.files import InputError
+from srit.text.tokenizer import Tokenizer
+
+Message = dict[str, str]
+
+INSTRUCTIONS = {
+    "math": "Answer the following mathematical question with numerical solution.",
+    "choice": "Choose the answer to the question only from options {letters}.",
+}
+COT = " Let's think step by step"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids, and for each whether it is trained; `text` is the prompt exactly as tokenised."""
+
+    ids: list[int]
+    mask: list[bool]
+    text: str
+
+
+def question_messages(row: dict, prompt_style: str) -> list[Message]:
+    """The user's message for a question row: instruction, question, choices, and the CoT sentence.
+
+    `direct` ends in "Answer:", `cot` in "Answer: Let's think step by step" (Kojima et al. 2022).
+    """
+    if prompt_style not in ("direct", "cot"):
+        raise InputError(f"prompt_style {prompt_style!r}: must be direct or cot")
+    lines = [INSTRUCTIONS[row["task"]], f"Question: {row['question'].strip()}"]
+    if row["task"] == "choice":
+        lines[0] = lines[0].format(letters=", ".join(row["choices"]))
+        options = " ".join(f"{letter}) {text}" for letter, text in row["choices"].items())
+        lines.append(f"Choices: {options}")
+    lines.append("Answer:" + (COT if prompt_style == "cot" else ""))
+    return [{"role": "user", "content": "\n".join(lines)}]
+
+
+def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
+    """The prompt exactly as tokenised: with the template's BOS, or one put before plain text."""
+    if not isinstance(prompt, str):
+        return tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True)
+    if tokenizer.adds_bos and not prompt.startswith(tokenizer.bos_token):
+        return tokenizer.bos_token + prompt
+    return prompt
+
+
+def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
+           completion: str | Sequence[Message] | None = None) -> Rendered:
+    """Prompt and completion as ids with the mask of trained tokens.
+
+    Both are tokenised on their own and joined: that is what generation sees, and no token merges
+    across the border. The completion is trained, and behind it exactly one turn end (EOS for plain
+    text). In a conversation the space around the completion is cut, since templates set their own;
+    in plain text it belongs to the completion. Raises InputError for an empty completion.
+    """
+    plain = isinstance(prompt, str)
+    text = prompt_text(tokenizer, prompt)
+    if plain and text != prompt:  # some tokenizers treat the start of a text apart, even behind BOS
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    else:
+        ids = tokenizer.encode(text)
+    if completion is None:
+        return Rendered(ids, [False] * len(ids), text)
+    if not isinstance(completion, str):
+        completion = _one_turn(completion)
+    answer = tokenizer.encode(_without_end(tokenizer, completion, plain))
+    answer.append(tokenizer.eos_id if plain else tokenizer.turn_end_id)
+    return Rendered(ids + answer, [False] * len(ids) + [True] * len(answer), text)
+
+
+def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
+    """A whole conversation; every assistant turn is trained, with its turn end.
+
+    The mask comes from the structure: the text up to a turn, with the generation prompt, has to be
+    a prefix of the text with that turn. Raises InputError for a template for which it is not, or
+    which does not end turns, and for a conversation without an assistant.
+    """
+    messages = [
+        {**m, "content": _without_end(tokenizer, m["content"])} if m["role"] == "assistant" else m
+        for m in _messages(messages)
+    ]
+    end = tokenizer.backend.id_to_token(tokenizer.turn_end_id)
+    ids: list[int] = []
+    mask: list[bool] = []
+    done = ""
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:at], add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: at + 1], add_generation_prompt=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise InputError("the chat template rewrites earlier turns; train on prompt/completion "
+                             "rows instead")
+        answer, ended, _ = after[len(before) :].rpartition(end)
+        if not ended:
+            raise InputError(f"the chat template does not end an assistant turn with {end!r}; "
+                             "train on prompt/completion rows instead")
+        # Behind a turn's end the text goes on, for tokenizers that treat the start of a text apart.
+        prompt = tokenizer.encode((end if done else "") + before[len(done) :])[1 if done else 0 :]
+        trained = [*tokenizer.encode(answer), tokenizer.turn_end_id]
+        ids += prompt + trained
+        mask += [False] * len(prompt) + [True] * len(trained)
+        done = before + answer + end
+    if not ids:
+        raise InputError("the conversation has no assistant turn")
+    return Rendered(ids, mask, done)
+
+
+def _without_end(tokenizer: Tokenizer, text: str, plain: bool = False) -> str:
+    """A completion without the turn end that some data sets write into it."""
+    ends = [tokenizer.eos_token]
+    if not plain:
+        ends.append(tokenizer.backend.id_to_token(tokenizer.turn_end_id))
+    before = None
+    while text != before:
+        before = text
+        for end in ends:
+            text = text.removesuffix(end)
+        text = text if plain else text.strip()
+    if not text.strip():
+        raise InputError("the completion is empty")
+    return text
+
+
+def _messages(messages: Sequence[Message]) -> list[Message]:
+    if not isinstance(messages, list | tuple):
+        raise InputError(f"expected a string or a list of messages, got {messages!r:.80}")
+    messages = list(messages)
+    if not messages:
+        raise InputError("the prompt has no message")
+    for message in messages:
+        ok = isinstance(message, dict) and all(
+            isinstance(message.get(key), str) for key in ("role", "content"))
+        if not ok:
+            raise InputError(f"a message needs the strings 'role' and 'content', got {message!r}")
+    return messages
+
+
+def _one_turn(completion: Sequence[Message]) -> str:
+    messages = _messages(completion)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise InputError("a completion is one assistant message, got roles "
+                         f"{[m['role'] for m in messages]}")
+    return messages[0]["content"]

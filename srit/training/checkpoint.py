@@ -1,0 +1,263 @@
+"""Checkpoints: weights, optimizer, random states and position; atomic, checksummed, no pickle.
+
+checkpoint-N/ holds
+  state/*.safetensors  trained parameters under their own names, AdamW's moments as
+                       optimizer.NAME.exp_avg(_sq), random states as rng.DEVICE.RANK
+  trainer_state.json   TrainState
+  SHA256SUMS           of all other files (`sha256sum -c` reads it)
+  config.json and the tokenizer; with LoRA the adapter in PEFT's layout as well
+
+torch.distributed.checkpoint writes and reads the shards: every rank its part, and another number of
+ranks can read them. Its usual storage pickles an index; the one used here keeps what it needs in the
+headers of the safetensors files. A checkpoint appears by renaming a finished directory, so one that
+is there is whole; the checksums find what a disk did to it later.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from srit.models import Decoder
+from srit.runtime import distributed
+from srit.runtime.files import InputError, atomic_write, fsync_tree, rename_over
+
+warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+
+FORMAT = 1
+SUMS = "SHA256SUMS"
+
+
+@dataclass
+class TrainState:
+    """Where training stands; everything else is a pure function of the step and the settings."""
+
+    step: int = 0
+    num_tokens: int = 0
+    skipped_steps: int = 0
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    total_steps: int | None = None
+    batch_size: int | None = None  # rows, pairs or bins of one optimizer step, on all ranks
+    reference: str | None = None  # hash of the frozen reference's weights (DPO)
+    log: dict[str, Any] = field(default_factory=dict)  # what MetricsLog has added but not written
+    format: int = FORMAT
+
+
+def _training_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that training changes, by its name in a checkpoint; shares memory with it."""
+    tensors = {f"rng.cpu.{distributed.rank()}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors[f"rng.cuda.{distributed.rank()}"] = torch.cuda.get_rng_state()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            slots = optimizer.state[parameter]
+            tensors[name] = parameter.detach()
+            tensors[f"optimizer.{name}.exp_avg"] = slots["exp_avg"]
+            tensors[f"optimizer.{name}.exp_avg_sq"] = slots["exp_avg_sq"]
+            # A step that is skipped does not count: the same for all parameters.
+            tensors["optimizer.step"] = slots["step"].detach().reshape(1).cpu()
+    return tensors
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run; `asynchronous`: while training goes on, from a copy in memory.
+
+    All ranks call `save` and `wait`.
+    """
+
+    def __init__(self, output_dir: Path, limit: int, asynchronous: bool) -> None:
+        self.output_dir, self.limit, self.asynchronous = output_dir, limit, asynchronous
+        self.group = distributed.cpu_group()  # of its own: training talks at the same time
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, model: Decoder, optimizer: torch.optim.Optimizer, state: TrainState,
+             write_files: Callable[[Path | None], None]) -> None:
+        """Write checkpoint-N, then delete the oldest ones beyond the limit.
+
+        `write_files` adds what else belongs to it; it gets a directory on rank 0 alone. Raises
+        InputError when this checkpoint, or the one before it, could not be written.
+        """
+        self.wait()
+        temporary = self.output_dir / f".checkpoint-{state.step}.tmp"
+        if distributed.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            text = json.dumps(dataclasses.asdict(state), indent=2)
+            (temporary / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
+        distributed.barrier()  # the others write into the new directory, not the one that was removed
+        write_files(temporary if distributed.rank() == 0 else None)
+        tensors = _training_tensors(model, optimizer)
+        if self.asynchronous:
+            tensors = BlockingAsyncStager().stage(tensors)
+            self.thread = threading.Thread(target=self._write, args=(tensors, temporary))
+            self.thread.start()
+        else:
+            self._write(tensors, temporary)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is there."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise InputError(f"{self.output_dir}: the checkpoint could not be written "
+                             f"({_reason(error)}); those before it are untouched")
+
+    def _write(self, tensors: dict[str, Tensor], temporary: Path) -> None:
+        try:
+            writer = HuggingFaceStorageWriter(str(temporary / "state"), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self.group,
+                     no_dist=self.group is None)
+            own = sorted(temporary.glob(f"state/shard-{distributed.rank() + 1:05d}-*"))
+            if distributed.rank() == 0:
+                own += sorted(path for path in temporary.iterdir()
+                              if path.is_file() and not path.name.startswith(SUMS))
+            lines = "".join(f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in own)
+            (temporary / f"{SUMS}.{distributed.rank()}").write_text(lines, encoding="utf-8")
+            distributed.barrier(self.group)
+            if distributed.rank() == 0:
+                self._publish(temporary)
+            distributed.barrier(self.group)
+        except BaseException as error:  # shown by `wait`, which the training thread calls
+            self.error = error
+            if distributed.rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _publish(self, temporary: Path) -> None:
+        parts = sorted(temporary.glob(f"{SUMS}.*"))
+        with atomic_write(temporary / SUMS) as handle:
+            handle.write("".join(part.read_text(encoding="utf-8") for part in parts))
+        for part in parts:
+            part.unlink()
+        fsync_tree(temporary)
+        rename_over(temporary, self.output_dir / temporary.name[1:].removesuffix(".tmp"))
+        for old in checkpoints(self.output_dir)[: -self.limit]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(directory: Path, model: Decoder,
+                    optimizer: torch.optim.Optimizer) -> TrainState:
+    """Bring model, optimizer and random state to where the checkpoint was written.
+
+    Raises InputError for a checkpoint of another model or of a newer version.
+    """
+    state = read_state(directory)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    reader = HuggingFaceStorageReader(str(directory / "state"))
+    known = reader.read_metadata().state_dict_metadata
+    wanted = _training_tensors(model, optimizer)
+    for name, tensor in list(wanted.items()):
+        if name not in known and name.startswith("rng."):  # of a rank that was not there
+            del wanted[name]
+        elif name not in known or known[name].size != tensor.shape:
+            raise InputError(f"{directory}: no tensor {name} of shape {tuple(tensor.shape)}; the "
+                             "checkpoint is another model's")
+    if extra := [name for name in known if name not in wanted and not name.startswith("rng.")]:
+        raise InputError(f"{directory}: tensor {extra[0]} is none of this model's; the checkpoint "
+                         "is another model's")
+    try:
+        dcp.load(wanted, storage_reader=reader, no_dist=distributed.world_size() == 1)
+    except CheckpointException as error:
+        raise InputError(f"{directory}: cannot be read ({_reason(error)})") from None
+    if (own := f"rng.cpu.{distributed.rank()}") in wanted:
+        torch.set_rng_state(wanted[own])
+    if (own := f"rng.cuda.{distributed.rank()}") in wanted:
+        torch.cuda.set_rng_state(wanted[own])
+    for slots in optimizer.state.values():
+        slots["step"].copy_(wanted["optimizer.step"][0])
+    return state
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """checkpoint-N directories, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
+    """The checkpoint to go on from; None: start fresh. Rank 0 decides for all.
+
+    auto: the newest one whose checksums hold. A damaged one is set aside, which is said aloud.
+    """
+    if resume_from_checkpoint != "auto":
+        path = Path(resume_from_checkpoint)
+        if not (path / "trainer_state.json").is_file():
+            raise InputError(f"--resume_from_checkpoint {path}: no checkpoint there")
+        if problem := damage(path):
+            raise InputError(f"--resume_from_checkpoint {path}: {problem}")
+        return path
+    step = -1
+    if distributed.rank() == 0:
+        for path in reversed(checkpoints(output_dir)):
+            problem = damage(path)
+            if problem is None:
+                step = int(path.name[11:])
+                break
+            aside = path.with_name(f"damaged-{path.name}")
+            rename_over(path, aside)
+            print(f"{path}: {problem}; set aside as {aside.name}, looking for the one before")
+    step = distributed.from_rank_0(step)
+    return None if step < 0 else output_dir / f"checkpoint-{step}"
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every file is what its checksum says."""
+    try:
+        lines = (directory / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        for line in lines:
+            digest, _, name = line.partition("  ")
+            if _sha256(directory / name) != digest:
+                return f"{name} is damaged (its SHA-256 is another)"
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, a null in a name
+        return f"incomplete or unreadable ({error})"
+    return None if any(line.endswith("  trainer_state.json") for line in lines) else f"{SUMS} is cut"
+
+
+def read_state(directory: Path) -> TrainState:
+    try:
+        values = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
+        if values.get("format") != FORMAT:
+            raise InputError(f"{directory}: a checkpoint of format {values.get('format')!r}, this "
+                             f"version reads format {FORMAT}; go on with the version that wrote it")
+        return TrainState(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory}: not a checkpoint ({error})") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """The cause that torch.distributed.checkpoint has wrapped, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]  # (exception, its traceback)
+    return f"{type(error).__name__}: {error}".splitlines()[0]

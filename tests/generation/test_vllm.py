@@ -1,0 +1,145 @@
+"""The vLLM engine against a stand-in for vLLM, whose answers our own engine writes.
+
+vLLM itself needs a GPU: what is tested here is what it is asked, and what becomes of its answers.
+"""
+
+import json
+import sys
+import types
+from dataclasses import dataclass, field
+
+import pytest
+from tiny import question, tiny_checkpoint, write_rows
+
+from srit.generation.engine import Request, generate
+from srit.models import load_model
+from srit.runtime import shutdown
+from srit.text.tokenizer import load_tokenizer
+from srit.train import sample
+
+
+@dataclass
+class SamplingParams:
+    """The parameters that we pass, under vLLM's names: an unknown one is a TypeError, as there."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    max_tokens: int
+    stop: list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    detokenize: bool
+    logprobs: int | None
+    output_kind: str
+
+
+@dataclass
+class Engine:
+    model: object
+    decode: object
+    waiting: list = field(default_factory=list)
+    aborted: list = field(default_factory=list)
+
+    def add_request(self, request_id, prompt, params):
+        assert isinstance(request_id, str) and params.seed < 2**63 and params.ignore_eos
+        self.waiting.append((request_id, prompt["prompt_token_ids"], params))
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def abort_request(self, request_ids):
+        self.aborted += request_ids
+
+    def step(self):
+        """The last request ends: out of order, as in vLLM."""
+        request_id, ids, p = self.waiting.pop()
+        result = generate(self.model, [Request(0, ids, p.seed)], stop_ids=p.stop_token_ids,
+                          max_new_tokens=p.max_tokens, temperature=p.temperature, top_k=p.top_k,
+                          top_p=p.top_p, min_p=p.min_p, repetition_penalty=p.repetition_penalty,
+                          stop_strings=p.stop, decode=self.decode, return_logps=p.logprobs == 0)[0]
+        tokens, reason = list(result.ids), None
+        if result.finished:
+            reason = next((s for s in p.stop if s in self.decode(result.ids)), p.stop_token_ids[0])
+            tokens += [reason] if isinstance(reason, int) else []
+        logprobs = result.logps and [
+            {t: types.SimpleNamespace(logprob=x)} for t, x in zip(tokens, result.logps, strict=True)]
+        answer = types.SimpleNamespace(
+            token_ids=tuple(tokens), stop_reason=reason, logprobs=logprobs,
+            finish_reason="stop" if result.finished else "length")
+        return [types.SimpleNamespace(request_id=request_id, outputs=[answer])]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A module named vllm; returns the arguments of every LLM that was made."""
+    made = []
+
+    def llm(path, **settings):
+        engine = Engine(load_model(path)[0], load_tokenizer(path).decode)
+        made.append((path, settings, engine))
+        return types.SimpleNamespace(llm_engine=engine)
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = llm, SamplingParams
+    inner = types.ModuleType("vllm.sampling_params")
+    inner.RequestOutputKind = types.SimpleNamespace(FINAL_ONLY="final only")
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", inner)
+    return made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vllm")
+    tiny_checkpoint(root / "model", scale=2.0)
+    write_rows(root / "questions.jsonl", [question(i, i + 2, 3) for i in range(4)])
+    return root
+
+
+def run(world, output, *flags):
+    sample.run(sample.SampleConfig, "sample", sample.main, [
+        "--model_name_or_path", str(world / "model"), "--train_file", str(world / "questions.jsonl"),
+        "--output_dir", str(output), "--num_samples", "2", "--temperature", "0", "--max_new_tokens",
+        "24", "--dtype", "float32", "--device", "cpu", *flags])
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("flags", [[], ["--return_logps", "True"], ["--stop_strings"]], ids=str)
+def test_the_rows_are_those_of_our_own_engine(world, tmp_path, stand_in, flags):
+    if flags == ["--stop_strings"]:  # what half of the texts hold
+        texts = sorted(row["text"] for row in run(world, tmp_path / "free"))
+        flags = [*flags, next(c for c in texts[0] if c not in texts[-1])]
+    ours = run(world, tmp_path / "ours", *flags)
+    theirs = run(world, tmp_path / "theirs", "--engine", "vllm", "--max_cache_memory", "0.5", *flags)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.pop("logps", None) == pytest.approx(b.pop("logps", None), abs=1e-4)
+    assert ours == theirs
+    assert any(row["finished"] for row in ours) >= ("--stop_strings" in flags)
+    (path, settings, _), = stand_in
+    assert path == str(world / "model") and settings["kv_cache_memory_bytes"] == 2**29
+    assert settings["skip_tokenizer_init"] == ("--stop_strings" not in flags)
+    assert settings["trust_remote_code"] is False
+
+
+def test_a_stopped_run_goes_on(world, tmp_path, stand_in, monkeypatch):
+    asked = iter(range(100))
+    monkeypatch.setattr(shutdown, "requested", lambda: next(asked) > 4)
+    with pytest.raises(shutdown.Stopped):
+        cfg = sample.SampleConfig(
+            model_name_or_path=str(world / "model"), output_dir=str(tmp_path / "o"), engine="vllm",
+            train_file=[str(world / "questions.jsonl")], temperature=0, num_samples=2,
+            max_new_tokens=24, dtype="float32", device="cpu")
+        sample.main(cfg)
+    assert len(stand_in[0][2].aborted) == 16 - 5
+    monkeypatch.undo()
+
+
+def test_what_is_missing_is_named(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SystemExit) as end:
+        run(world, tmp_path / "o", "--engine", "vllm")
+    assert "vLLM cannot be imported" in str(end.value) and "srit[vllm]" in str(end.value)

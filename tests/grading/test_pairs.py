@@ -1,0 +1,155 @@
+"""The pairing policies, and the count of what gave no pair and why."""
+
+import json
+import random
+
+import pytest
+from tiny import demo, write_rows
+
+from srit.config import PairConfig
+from srit.grading.pairs import build_pairs, summarize
+from srit.runtime.files import InputError
+from srit.train import pair as stage
+
+RIGHT, WRONG = "So 3 + 4 = 7. The answer is 7.", "So 3 + 5 = 8. The answer is 8."
+
+
+def sample(i, style, n, text, correct, **changes):
+    row = {"id": f"q{i}", "task": "math", "dataset": "d", "question": "How many are 3 and 4?",
+           "answer": "7", "sample": n, "prompt_style": style, "prompt": "p", "text": text,
+           "seed": 0, "n_tokens": 9, "finished": True, "extracted": "7" if correct else "8",
+           "correct": correct}
+    return {**row, **changes}
+
+
+def teacher(i, right=True):
+    row = demo(i, 3, 4)
+    return row if right else {**row, "completion": "The answer is 9."}
+
+
+def texts(pairs):
+    return [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs]
+
+
+SAMPLES = [
+    sample(0, "cot", 0, RIGHT, True), sample(0, "cot", 1, WRONG, False),
+    sample(0, "direct", 0, "7", True), sample(0, "direct", 1, "9", False),
+]
+
+
+def test_paper_prefers_own_right_cot_over_the_direct_answer():
+    pairs, _ = build_pairs(SAMPLES, [], "paper", max_pairs_per_question=9)
+    assert {c for c, _ in texts(pairs)} == {RIGHT}
+    # a text stands once on a side: one right CoT answer gives one pair, whatever the cap
+    assert len(pairs) == 1 and pairs[0]["rejected_style"] == "direct"
+    assert pairs[0]["chosen_source"] == "self"
+
+
+def test_paper_lets_the_teacher_stand_in():
+    own = [sample(0, "cot", 0, WRONG, False), sample(0, "direct", 0, "7", True)]
+    (pair,), _ = build_pairs(own, [teacher(0)], "paper")
+    assert pair["chosen"][0]["content"] == teacher(0)["completion"]
+    assert pair["chosen_source"] == "teacher" and pair["rejected_correct"]
+    assert summarize([pair])["rejected_correct"] == 1
+    nothing, counts = build_pairs(own, [teacher(0, right=False)], "paper")
+    assert not nothing and counts[1].dropped == {"no right answer to prefer": 1}
+
+
+def test_correctness_pairs_right_with_wrong_cot_only():
+    pairs, _ = build_pairs(SAMPLES, [teacher(0)], "correctness")
+    assert texts(pairs) == [(RIGHT, WRONG)]
+    nothing, counts = build_pairs([SAMPLES[0], SAMPLES[3]], [teacher(0)], "correctness")
+    assert not nothing and counts[1].dropped == {"every CoT answer right": 1}
+
+
+def test_mixed_rejects_any_wrong_answer():
+    pairs, _ = build_pairs(SAMPLES, [], "mixed", max_pairs_per_question=9)
+    assert all(not p["rejected_correct"] for p in pairs)
+    two = SAMPLES + [sample(0, "cot", 2, "It is 7. The answer is 7.", True)]
+    pairs, _ = build_pairs(two, [], "mixed", max_pairs_per_question=9)
+    assert {r for _, r in texts(pairs)} == {WRONG, "9"}
+    nothing, counts = build_pairs([SAMPLES[0], SAMPLES[2]], [], "mixed")
+    assert not nothing and counts[1].dropped == {"every answer right": 1}
+
+
+def test_a_pair_is_a_trl_row_with_its_audit():
+    (pair,), _ = build_pairs(SAMPLES, [], "correctness", pair_prompt="direct")
+    assert pair["prompt"][0]["role"] == "user"
+    assert pair["prompt"][0]["content"].endswith("Answer:")
+    assert [m["role"] for m in pair["chosen"] + pair["rejected"]] == ["assistant", "assistant"]
+    assert (pair["chosen_extracted"], pair["rejected_extracted"]) == ("7", "8")
+    (cot,), _ = build_pairs(SAMPLES, [], "correctness")
+    assert cot["prompt"][0]["content"].endswith("Let's think step by step")
+
+
+def test_d13_duplicates_caps_and_unusable_samples():
+    rows = SAMPLES + [
+        sample(0, "cot", 2, "  " + RIGHT.replace(" 3", "\n3"), True),  # the same but for spaces
+        sample(0, "cot", 3, "The answer is 8 and so", False, finished=False),
+        sample(0, "cot", 4, "  ", False)]
+    pairs, counts = build_pairs(rows, [], "mixed", max_pairs_per_question=9)
+    assert counts[0].dropped == {"duplicate text": 1, "cut off at max_new_tokens": 1, "empty": 1}
+    assert len(pairs) == 1
+    many = [sample(0, "cot", n, f"{n}. The answer is {7 + n % 2}.", n % 2 == 0) for n in range(12)]
+    assert len(build_pairs(many, [], "correctness", max_pairs_per_question=4)[0]) == 4
+    assert len({p["id"] for p in build_pairs(many, [], "correctness",
+                                             max_pairs_per_question=4)[0]}) == 4
+
+
+def test_identical_texts_are_no_pair():
+    """A judge's mistake could call the same text right and wrong; it must not become a pair."""
+    own = [sample(0, "direct", 0, teacher(0)["completion"], False)]
+    pairs, counts = build_pairs(own, [teacher(0)], "paper")
+    assert not pairs and counts[1].dropped == {"chosen and rejected are the same text": 1}
+
+
+def test_order_of_the_rows_does_not_matter_and_the_seed_does():
+    rows = [sample(i, "cot", n, f"{i} {n}. The answer is {7 + n % 2}.", n % 2 == 0)
+            for i in range(8) for n in range(6)]
+    first = build_pairs(rows, [], "correctness", seed=1)[0]
+    random.Random(0).shuffle(rows)
+    assert build_pairs(rows, [], "correctness", seed=1)[0] == first
+    assert build_pairs(rows, [], "correctness", seed=2)[0] != first
+
+
+def test_closest_length():
+    rows = [sample(0, "cot", 0, RIGHT, True), sample(0, "cot", 1, WRONG + " And so on." * 9, False),
+            sample(0, "cot", 2, WRONG, False)]
+    assert texts(build_pairs(rows, [], "correctness", selection="closest_length")[0]) == [
+        (RIGHT, WRONG)]
+
+
+def test_counts_cover_every_row():
+    rows = SAMPLES + [sample(1, "cot", 0, RIGHT, True), sample(2, "direct", 0, "8", False)]
+    for policy in ("paper", "correctness", "mixed"):
+        pairs, (samples, questions) = build_pairs(rows, [teacher(2)], policy)
+        assert samples.as_dict()["in"] == len(rows)
+        assert questions.as_dict()["in"] == 3 and questions.used == len(pairs)
+
+
+def test_two_texts_for_one_sample_are_refused():
+    with pytest.raises(InputError, match="'q0', style cot, sample 0: do the files come from"):
+        build_pairs([SAMPLES[0], {**SAMPLES[0], "text": "other"}], [])
+
+
+def test_stage_writes_pairs_and_counts(tmp_path, capsys):
+    file = write_rows(tmp_path / "samples.jsonl", SAMPLES)
+    cfg = PairConfig([str(file)], str(tmp_path / "out"), policy="correctness")
+    stage.main(cfg)
+    assert "questions: 1 rows in = 1 used" in capsys.readouterr().out
+    rows = [json.loads(x) for x in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
+    assert texts(rows) == [(RIGHT, WRONG)]
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["finished"] and run["counts"]["samples"]["in"] == 4 and run["pairs"]["pairs"] == 1
+
+
+@pytest.mark.parametrize("rows,message", [
+    ([SAMPLES[0]], r"no question gave a pair .*raise --temperature"),
+    ([{k: v for k, v in SAMPLES[0].items() if k != "text"}], r":1: the row has no field 'text'"),
+    ([{**SAMPLES[0], "correct": "yes"}], "field 'correct' must be bool"),
+])
+def test_bad_samples(tmp_path, rows, message):
+    file = write_rows(tmp_path / "samples.jsonl", rows)
+    with pytest.raises(InputError, match=message):
+        stage.main(PairConfig([str(file)], str(tmp_path / "out")))
+    assert not (tmp_path / "out/pairs.jsonl").exists()

@@ -1,0 +1,174 @@
+"""The tokenizer's own ids, templates and files; transformers is the oracle for rendering."""
+
+import json
+
+import pytest
+from templates import CHATML, FAMILIES, LLAMA3, family_tokenizer, write_tokenizer
+
+from srit.runtime.files import InputError
+from srit.text.tokenizer import load_tokenizer
+
+TALK = [{"role": "user", "content": " Tom has <3 apples> & 4 more? "},
+        {"role": "assistant", "content": "He has 7.\n"},
+        {"role": "user", "content": "naïve 😀"}]
+
+
+def token(tokenizer, index: int) -> str:
+    return tokenizer.backend.id_to_token(index)
+
+
+@pytest.fixture(scope="module")
+def auto():
+    return pytest.importorskip("transformers").AutoTokenizer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rendering_is_that_of_transformers(tmp_path, auto, name):
+    """The checkpoint as it came, and as `save` writes it: same text, same ids, in transformers."""
+    ours = family_tokenizer(tmp_path / "in", name)
+    ours.save(tmp_path / "out")
+    theirs = [auto.from_pretrained(tmp_path / "out")]
+    if FAMILIES[name].template is not None:
+        theirs.append(auto.from_pretrained(tmp_path / "in"))
+    for messages in (TALK[:1], TALK[:2], TALK):
+        for prompt in (False, True):
+            text = ours.apply_chat_template(messages, prompt)
+            for other in theirs:
+                assert other.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt) == text
+                assert other.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_b2_turn_end_comes_from_the_template(tmp_path, name):
+    tokenizer = family_tokenizer(tmp_path, name)
+    assert token(tokenizer, tokenizer.turn_end_id) == FAMILIES[name].turn_end
+    assert tokenizer.stop_ids == {tokenizer.eos_id, tokenizer.turn_end_id}
+
+
+def test_b2_every_eos_of_the_checkpoint_stops(tmp_path, auto):
+    write_tokenizer(tmp_path, LLAMA3, "</s>")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 8, "model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == {2, 5, 8, 9} and token(tokenizer, 5) == "<|eot_id|>"
+    tokenizer.save(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": [2, 5, 8, 9], "pad_token_id": 2}
+    assert load_tokenizer(tmp_path / "out").stop_ids == tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, False), ({"post_bos": True}, True), ({"add_bos_token": True}, False),
+    ({"post_bos": True, "add_bos_token": False}, True), ({"bos_token": None}, False)])
+def test_b5_adds_bos_as_transformers_does(tmp_path, auto, settings, expected):
+    """The post-processor decides; `add_bos_token` is not read, but written truly."""
+    write_tokenizer(tmp_path / "in", **settings)
+    tokenizer = load_tokenizer(tmp_path / "in")
+    assert tokenizer.adds_bos is expected
+    assert tokenizer.encode("Tom")[:1] != [tokenizer.bos_id]
+    tokenizer.save(tmp_path / "out")
+    for directory in ("in", "out"):
+        theirs = auto.from_pretrained(tmp_path / directory)
+        assert (theirs.encode("Tom")[0] == theirs.convert_tokens_to_ids("<s>")) is expected
+    assert load_tokenizer(tmp_path / "out").adds_bos is expected
+    assert load_tokenizer(tmp_path / "out").settings["add_bos_token"] is expected
+
+
+def test_default_template_has_bos_when_plain_text_has(tmp_path):
+    for post_bos in (False, True):
+        tokenizer = family_tokenizer(tmp_path / str(post_bos), "none", post_bos=post_bos)
+        assert tokenizer.apply_chat_template(TALK[1:2] + TALK[:1], True) == (
+            ("<s>" if post_bos else "") + "### Response:\nHe has 7.\n</s>\n\n"
+            "### Instruction:\n Tom has <3 apples> & 4 more? \n\n### Response:\n")
+
+
+def test_special_token_strings_are_parsed(tmp_path):
+    tokenizer = family_tokenizer(tmp_path, "chatml")
+    assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_id]
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>b")) == "ab"
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>b"), False) == "a<|im_end|>b"
+
+
+def test_truncation_and_padding_in_tokenizer_json_are_switched_off(tmp_path):
+    write_tokenizer(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst",
+                            "stride": 0}
+    stored["padding"] = {"strategy": {"Fixed": 8}, "direction": "Left", "pad_to_multiple_of": None,
+                         "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("") == [] and tokenizer.decode(tokenizer.encode("x" * 9)) == "x" * 9
+
+
+def test_where_the_chat_template_is_found(tmp_path):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
+    assert load_tokenizer(write_tokenizer(tmp_path / "a", named)).chat_template == CHATML
+    (tmp_path / "a" / "chat_template.jinja").write_text("file")
+    assert load_tokenizer(tmp_path / "a").chat_template == "file"
+    write_tokenizer(tmp_path / "b", named[:1])
+    with pytest.raises(InputError, match="tool_use.*'default'"):
+        load_tokenizer(tmp_path / "b")
+
+
+def test_where_special_tokens_are_found(tmp_path):
+    as_dict = {"content": "<|im_end|>", "lstrip": False, "__type": "AddedToken"}
+    assert load_tokenizer(write_tokenizer(tmp_path / "a", eos_token=as_dict)).eos_id == 4
+    write_tokenizer(tmp_path / "b", eos=None)
+    (tmp_path / "b" / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    assert load_tokenizer(tmp_path / "b").eos_id == 2
+    write_tokenizer(tmp_path / "c", eos=None)
+    (tmp_path / "c" / "config.json").write_text('{"eos_token_id": [2, 4]}')
+    assert load_tokenizer(tmp_path / "c").eos_id == 2
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "d", pad_token="[PAD]"))
+    assert tokenizer.pad_id is None
+
+
+def test_bad_checkpoints_say_what_to_do(tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="no tokenizer.json; convert"):
+        load_tokenizer(tmp_path / "none")
+    write_tokenizer(tmp_path / "eos", eos=None)
+    with pytest.raises(InputError, match="no eos_token; add it"):
+        load_tokenizer(tmp_path / "eos")
+    write_tokenizer(tmp_path / "word", eos="<nowhere>", pad_token=None)
+    with pytest.raises(InputError, match="eos_token '<nowhere>' is not in the vocabulary"):
+        load_tokenizer(tmp_path / "word")
+    (tmp_path / "eos" / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match="tokenizer_config.json: a JSON object"):
+        load_tokenizer(tmp_path / "eos")
+    (tmp_path / "eos" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match="tokenizer_config.json: not JSON"):
+        load_tokenizer(tmp_path / "eos")
+    (tmp_path / "eos" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer.json: damaged"):
+        load_tokenizer(tmp_path / "eos")
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{{ raise_exception('only one turn, please') }}", "only one turn, please"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe|access"),
+    ("{{ messages.append(1) }}", "not safely callable|unsafe"),
+    ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+    ("{% for m in messages %}", "end of template"),
+])
+def test_template_errors_are_the_users_and_the_sandbox_holds(tmp_path, template, message):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
+    assert tokenizer.turn_end_id == tokenizer.eos_id
+    with pytest.raises(InputError, match=message):
+        tokenizer.apply_chat_template(TALK[:1], True)
+
+
+def test_half_a_surrogate_pair_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="not valid Unicode"):
+        family_tokenizer(tmp_path, "chatml").encode("a\ud83d")
+
+
+def test_vocab_size_is_one_more_than_the_highest_id(tmp_path):
+    write_tokenizer(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "id": 500, "content": "<far>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == max(tokenizer.backend.get_vocab().values()) + 1

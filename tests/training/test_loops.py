@@ -1,0 +1,345 @@
+"""The two loops: what they compute, that they resume exactly, and what they refuse."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import demo, metrics, pair, tiny_checkpoint, write_rows
+
+from srit.config import DPOConfig, SFTConfig
+from srit.data.batch_sampler import Schedule
+from srit.runtime.files import InputError
+from srit.text.tokenizer import load_tokenizer
+from srit.train import dpo, sft
+from srit.training.setup import Optimization, load_for_training
+
+DEMOS = [demo(i, i % 7 + 1, (i * 3) % 11) for i in range(13)]
+PAIRS = [pair(i, i % 7 + 1, (i * 3) % 11) for i in range(7)]
+QUIET = dict(dtype="float32", device="cpu", max_length=256, logging_steps=1,
+             lr_scheduler_type="constant", warmup_ratio=0.0, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), scale=2.0)
+
+
+def run_sft(tiny, tmp_path, name, rows=DEMOS, **settings):
+    file = write_rows(tmp_path / f"{name}.jsonl", rows)
+    cfg = SFTConfig(str(tiny), [str(file)], str(tmp_path / name), **{**QUIET, **settings})
+    sft.main(cfg)
+    return tmp_path / name
+
+
+def run_dpo(tiny, tmp_path, name, rows=PAIRS, **settings):
+    file = write_rows(tmp_path / f"{name}.jsonl", rows)
+    cfg = DPOConfig(str(tiny), [str(file)], str(tmp_path / name), **{**QUIET, **settings})
+    dpo.main(cfg)
+    return tmp_path / name
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same_weights(a, b, tolerance=0.0):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+
+
+def test_a10_accumulation_changes_nothing(tiny, tmp_path):
+    """Unequal lengths, N not divisible by the batch: 8 x 1 and 1 x 8 are the same step."""
+    whole = run_sft(tiny, tmp_path, "whole", max_steps=2, per_device_train_batch_size=8)
+    parts = run_sft(tiny, tmp_path, "parts", max_steps=2, per_device_train_batch_size=1,
+                    gradient_accumulation_steps=8)
+    for a, b in zip(metrics(whole), metrics(parts), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        assert a["num_tokens"] == b["num_tokens"]
+    assert_same_weights(whole, parts, 2e-5)
+
+
+def test_b12_packing_does_not_leak(tiny, tmp_path):
+    """The whole data set in one step, one example a row or packed: same loss, same gradient."""
+    plain = run_sft(tiny, tmp_path, "plain", max_steps=1, per_device_train_batch_size=13)
+    packed = run_sft(tiny, tmp_path, "packed", max_steps=1, per_device_train_batch_size=13,
+                     packing=True)
+    a, b = metrics(plain)[0], metrics(packed)[0]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def test_b9_prompt_tokens_are_not_trained(tiny, tmp_path):
+    """The loss is the mean over completion tokens, computed here from full logits."""
+    from srit.models import load_model
+    from srit.text.prompts import question_messages, render
+    from srit.text.tokenizer import load_tokenizer
+
+    out = run_sft(tiny, tmp_path, "one", rows=DEMOS[:1], max_steps=1)
+    model, _ = load_model(str(tiny))
+    tokenizer = load_tokenizer(str(tiny))
+    row = render(tokenizer, question_messages(DEMOS[0], "cot"), DEMOS[0]["completion"])
+    logps = model(torch.tensor([row.ids])).log_softmax(-1)[0]
+    trained = [-logps[t - 1, row.ids[t]].item() for t, m in enumerate(row.mask) if m]
+    assert len(trained) < len(row.ids)
+    assert metrics(out)[0]["loss"] == pytest.approx(sum(trained) / len(trained), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"packing": True, "max_length": 160}, {"use_peft": True, "lora_dropout": 0.2}])
+def test_d2_sft_resume_is_bitwise(tiny, tmp_path, settings):
+    common = dict(per_device_train_batch_size=2, max_steps=7, save_steps=2, **settings)
+    straight = run_sft(tiny, tmp_path, "straight", **common)
+    file = str(tmp_path / "straight.jsonl")
+    cut = tmp_path / "cut"
+    sft.main(SFTConfig(str(tiny), [file], str(cut), **{**QUIET, **common, "max_steps": 5}))
+    sft.main(SFTConfig(str(tiny), [file], str(cut), **{**QUIET, **common}))
+    assert_same_weights(straight, cut)
+    a, b = metrics(straight), metrics(cut)
+    assert [r["step"] for r in b] == list(range(1, 8))
+    for row in a + b:
+        row.pop("tokens_per_second")
+    assert a == b
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_peft": True, "precompute_ref_log_probs": False}])
+def test_dpo_resume_is_bitwise(tiny, tmp_path, settings):
+    common = dict(per_device_train_batch_size=2, max_steps=6, save_steps=3, **settings)
+    straight = run_dpo(tiny, tmp_path, "straight", **common)
+    file = str(tmp_path / "straight.jsonl")
+    cut = tmp_path / "cut"
+    dpo.main(DPOConfig(str(tiny), [file], str(cut), **{**QUIET, **common, "max_steps": 3}))
+    dpo.main(DPOConfig(str(tiny), [file], str(cut), **{**QUIET, **common}))
+    assert_same_weights(straight, cut)
+    a, b = metrics(straight), metrics(cut)
+    for row in a + b:
+        row.pop("tokens_per_second")
+    assert a == b
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [
+    {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 4},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    {"per_device_train_batch_size": 4, "use_peft": True},
+    {"per_device_train_batch_size": 4, "use_peft": True, "precompute_ref_log_probs": False},
+    {"per_device_train_batch_size": 4, "gradient_checkpointing": True},
+    {"per_device_train_batch_size": 4, "gradient_checkpointing": True, "checkpoint_policy": "mlp"}])
+def test_a5_a6_step_zero_is_exactly_ln_2(tiny, tmp_path, settings, dtype):
+    """Policy == reference, in every layout: loss ln 2 and rewards 0, to the last bit."""
+    out = run_dpo(tiny, tmp_path, "out", max_steps=3, dtype=dtype, **{**settings,
+                  "learning_rate": 0.0})
+    for row in metrics(out):
+        assert row["loss"] == torch.tensor(2.0).log().item()
+        assert row["rewards/margins"] == row["rewards/chosen"] == row["rewards/rejected"] == 0.0
+        assert row["rewards/accuracies"] == 0.0
+        assert row["grad_norm"] > 0
+
+
+def test_a22_metrics_are_named_for_what_they_hold(tiny, tmp_path):
+    """After steps that push towards the chosen side the names say so; logps are sums."""
+    out = run_dpo(tiny, tmp_path, "out", max_steps=8, per_device_train_batch_size=7,
+                  eval_file=[str(write_rows(tmp_path / "eval.jsonl", PAIRS))])
+    first, last = metrics(out)[0], metrics(out)[-1]
+    assert last["loss"] < math.log(2)
+    assert last["rewards/margins"] > 0
+    assert last["rewards/margins"] == pytest.approx(
+        last["rewards/chosen"] - last["rewards/rejected"], abs=1e-5)
+    assert last["rewards/accuracies"] == 1.0
+    assert first["logps/chosen"] < first["logps/rejected"] < 0  # the longer text, the lower its sum
+    assert last["eval_loss"] < first["loss"]
+    assert len({row["step"] for row in metrics(out)}) == len(metrics(out))
+
+
+def test_rpo_alpha_adds_the_mean_nll_of_the_chosen(tiny, tmp_path):
+    plain = metrics(run_dpo(tiny, tmp_path, "plain", rows=PAIRS[:1], max_steps=1))[0]
+    mixed = metrics(run_dpo(tiny, tmp_path, "mixed", rows=PAIRS[:1], max_steps=1,
+                            rpo_alpha=0.5))[0]
+    from srit.text.prompts import render
+    from srit.text.tokenizer import load_tokenizer
+
+    chosen = render(load_tokenizer(str(tiny)), PAIRS[0]["prompt"], PAIRS[0]["chosen"])
+    nll = -plain["logps/chosen"] / sum(chosen.mask)
+    assert mixed["loss"] - plain["loss"] == pytest.approx(0.5 * nll, rel=1e-5)
+
+
+def test_lora_exports_base_and_adapter_merged(tiny, tmp_path):
+    """C1: what the next stage loads is the instructed model, not the base."""
+    out = run_sft(tiny, tmp_path, "out", max_steps=3, use_peft=True, lora_r=4, learning_rate=1e-2)
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    before, after = weights(tiny), weights(out)
+    assert before.keys() == after.keys()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name])
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_a20_one_step_moves_the_norm_weights(tiny, tmp_path):
+    """fp32 master weights: even lr 1e-6 on a weight of 1.0 is not rounded away under bf16."""
+    out = run_sft(tiny, tmp_path, "out", max_steps=1, dtype="bfloat16", learning_rate=1e-6)
+    name = "model.layers.0.input_layernorm.weight"
+    assert weights(out)[name].dtype == torch.float32
+    assert not torch.equal(weights(tiny)[name], weights(out)[name])
+
+
+def test_best_checkpoint_is_the_one_with_the_lowest_eval_loss(tiny, tmp_path):
+    """With a rate that overshoots, the last weights are not the best; the export is the best."""
+    file = str(write_rows(tmp_path / "eval.jsonl", DEMOS[:4]))
+    out = run_sft(tiny, tmp_path, "out", max_steps=6, eval_steps=1, eval_file=[file],
+                  learning_rate=0.3, per_device_train_batch_size=4)
+    losses = {row["step"]: row["eval_loss"] for row in metrics(out)}
+    run = json.loads((out / "run.json").read_text())
+    assert run["best_step"] == min(losses, key=losses.get)
+    from srit.data.examples import read_sft
+    from srit.models import load_model
+    from srit.text.tokenizer import load_tokenizer
+
+    examples, _ = read_sft([file], load_tokenizer(str(out)), 256, ["cot"], True)
+    model, _ = load_model(str(out))
+    assert sft.evaluate(model, examples, 8, torch.device("cpu")) == pytest.approx(
+        min(losses.values()), rel=1e-5)
+
+
+def test_output_dir_of_another_run_is_left_alone(tiny, tmp_path):
+    out = run_sft(tiny, tmp_path, "out", max_steps=1)
+    before = (out / "model.safetensors").read_bytes()
+    file = [str(write_rows(tmp_path / "again.jsonl", DEMOS))]
+    (out / "run.json").write_text((out / "run.json").read_text().replace("out.jsonl",
+                                                                         "again.jsonl"))
+    again = {**QUIET, "max_steps": 1}
+    with pytest.raises(InputError, match="this run is finished; train longer with"):
+        sft.main(SFTConfig(str(tiny), file, str(out), **again))
+    with pytest.raises(InputError, match="another run: learning_rate was 0.001, now 0.5"):
+        sft.main(SFTConfig(str(tiny), file, str(out), **{**again, "learning_rate": 0.5}))
+    with pytest.raises(InputError, match="already holds a run of stage 'sft'"):
+        run_dpo(tiny, tmp_path, "out", max_steps=1)
+    assert (out / "model.safetensors").read_bytes() == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(InputError, match="holds model.safetensors but no run.json"):
+        sft.main(SFTConfig(str(tiny), file, str(foreign), **again))
+    assert (foreign / "model.safetensors").read_bytes() == b"mine"
+    (foreign / "model.safetensors").unlink()
+    (foreign / ".mine.old").mkdir()
+    (foreign / ".mine.tmp").write_bytes(b"mine")
+    sft.main(SFTConfig(str(tiny), file, str(foreign), **again))
+    assert (foreign / ".mine.old").is_dir() and (foreign / ".mine.tmp").read_bytes() == b"mine"
+    sft.main(SFTConfig(str(tiny), file, str(out), **{**again, "learning_rate": 0.5},
+                       overwrite_output_dir=True))
+
+
+@pytest.mark.parametrize("rows,message", [
+    ([{**DEMOS[0], "completion": "The answer is 99."}], "answer differs from the ground truth"),
+    ([DEMOS[0], {"id": "x", "task": "math", "question": "?"}], r":2: the row has no field 'answer'"),
+    ([{k: v for k, v in DEMOS[0].items() if k != "completion"}], "no field 'completion'"),
+    ([{**DEMOS[0], "completion": " "}], "empty completion"),
+    ([{"prompt": "a", "completion": " "}], "empty completion"),
+    ([{**DEMOS[0], "question": "long " * 300}], "longer than max_length 256"),
+    ([{"prompt": "a"}], r":1: the row has no field 'completion'"),
+    ([{"messages": [{"role": "user", "content": "hi"}]}], r":1: "),
+])
+def test_bad_demonstrations(tiny, tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        run_sft(tiny, tmp_path, "out", rows=rows, max_steps=1)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("rows,message", [
+    ([{k: v for k, v in PAIRS[0].items() if k != "rejected"}], ":1: the row has no field 'rejected'"),
+    ([{**PAIRS[0], "chosen": "", "rejected": "x", "prompt": "p"}], "empty completion"),
+    ([{**PAIRS[0], "chosen": [{"role": "assistant", "content": " "}]}], "empty completion"),
+    ([{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}], "chosen and rejected are the same"),
+    ([{"prompt": "word " * 300, "chosen": "a", "rejected": "b"}], "prompt longer than max_length"),
+    ([{"prompt": "w", "chosen": "a " * 300, "rejected": "b"}], "completion beyond max_length"),
+])
+def test_b7_bad_pairs(tiny, tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        run_dpo(tiny, tmp_path, "out", rows=rows, max_steps=1)
+
+
+def test_plain_trl_rows_train_too(tiny, tmp_path):
+    rows = [{"prompt": "Tom has", "chosen": " 7 apples.", "rejected": " 8."}]
+    assert metrics(run_dpo(tiny, tmp_path, "strings", rows=rows, max_steps=1))
+    implicit = [{"chosen": PAIRS[0]["prompt"] + PAIRS[0]["chosen"],
+                 "rejected": PAIRS[0]["prompt"] + PAIRS[0]["rejected"]}]
+    explicit = metrics(run_dpo(tiny, tmp_path, "explicit", rows=PAIRS[:1], max_steps=1))
+    found = metrics(run_dpo(tiny, tmp_path, "implicit", rows=implicit, max_steps=1))
+    assert found[0]["logps/chosen"] == explicit[0]["logps/chosen"]
+    sft_rows = [{"prompt": "Tom has", "completion": " 7 apples."},
+                {"messages": PAIRS[0]["prompt"] + PAIRS[0]["chosen"]}]
+    assert metrics(run_sft(tiny, tmp_path, "sft", rows=sft_rows, max_steps=1))
+
+
+def test_a18_non_finite_loss_names_the_rows(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: .* not finite; rows of this step: .*q\d.*"
+                                         r"4 steps were skipped for this, --max_skipped_steps is 3"):
+        run_sft(tiny, tmp_path, "out", max_steps=20, learning_rate=1e30, max_grad_norm=0.0,
+                max_skipped_steps=3)
+
+
+def test_a18_a_step_that_is_not_finite_changes_no_weight(tiny, tmp_path):
+    cfg = DPOConfig(str(tiny), ["f"], str(tmp_path / "out"), max_skipped_steps=1)
+    tokenizer = load_tokenizer(str(tiny))
+    model, config = load_for_training(cfg, tokenizer, torch.device("cpu"))
+    opt = Optimization(cfg, model, config, tokenizer, Schedule(100, 1, 1, 1, 0, False))
+    before = [p.detach().clone() for p in model.parameters()]
+    for bad in (float("nan"), float("inf"), 1.0):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.model.norm.weight.grad[0] = bad
+        opt.step(3, torch.tensor(0.5), ["a", "b"])  # a step with a learning rate above 0
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert same == (bad != 1.0)
+    with pytest.raises(InputError, match="step 4: .*not finite; rows of this step: a, b"):
+        opt.count_skipped()
+    opt.count_skipped()
+    assert opt.state.skipped_steps == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_token_budget(tiny, tmp_path, stage):
+    """Every row is trained once, in fewer and unequal passes; a budget below one row says so."""
+    train = run_sft if stage == "sft" else run_dpo
+    one = metrics(train(tiny, tmp_path, "rows", num_train_epochs=1, per_device_train_batch_size=100,
+                        shuffle_dataset=False))
+    packed = metrics(train(tiny, tmp_path, "budget", num_train_epochs=1, max_tokens_per_batch=400,
+                           gradient_accumulation_steps=100, shuffle_dataset=False))
+    assert len(one) == len(packed) == 1
+    for name in ("loss", "grad_norm", "num_tokens"):
+        assert packed[0][name] == pytest.approx(one[0][name], rel=1e-5), name
+    with pytest.raises(InputError, match="--max_tokens_per_batch 9 is less than the longest row's"):
+        train(tiny, tmp_path, "small", max_tokens_per_batch=9)
+
+
+def test_c9_resume_against_another_reference_is_refused(tiny, tmp_path):
+    out = run_dpo(tiny, tmp_path, "out", max_steps=2, save_steps=2)
+    other = tiny_checkpoint(tmp_path / "other", seed=5)
+    state = json.loads((out / "run.json").read_text())
+    state["config"]["model_name_or_path"] = str(other)
+    (out / "run.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="another reference model"):
+        dpo.main(DPOConfig(str(other), [str(tmp_path / "out.jsonl")], str(out),
+                           **{**QUIET, "max_steps": 4, "save_steps": 2}))
+
+
+def test_c6_reference_cache_is_reused_and_follows_content(tiny, tmp_path):
+    one_by_one = dict(per_device_train_batch_size=1, gradient_accumulation_steps=7)
+    out = run_dpo(tiny, tmp_path, "out", max_steps=1, **one_by_one)
+    cache = (out / "ref_logps.jsonl").read_text().splitlines()
+    assert len(cache) == len(PAIRS)
+    changed = [json.loads(line) for line in cache]
+    for row in changed:
+        row["logps"] = [row["logps"][0] - 1.0, row["logps"][1]]
+    (out / "ref_logps.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
+    (out / "run.json").unlink()
+    for name in ("metrics.jsonl", "model.safetensors"):
+        (out / name).unlink()
+    rows = [{**PAIRS[0], "chosen": [{"role": "assistant", "content": "new"}]}, *PAIRS[1:]]
+    again = run_dpo(tiny, tmp_path, "out", rows=rows, max_steps=1, **one_by_one)
+    # six pairs came from the doctored cache (reward 0.1 x 1), the changed one was computed anew
+    assert metrics(again)[0]["rewards/chosen"] == pytest.approx(0.1 * 6 / 7, rel=1e-3)

@@ -1,0 +1,44 @@
+"""The learning rate is a pure function of the step, and is transformers' schedule."""
+
+import pytest
+import torch
+
+from srit.training.optimizer import clip_gradients, lr_factor, make_adamw, warmup_steps
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_d3_schedule_is_that_of_transformers(scheduler, warmup):
+    transformers = pytest.importorskip("transformers")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    name = "constant_with_warmup" if scheduler == "constant" else scheduler
+    theirs = transformers.get_scheduler(name, optimizer, warmup, 10)
+    for step in range(10):
+        assert lr_factor(step, 10, warmup, scheduler) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_d4_warmup_counts_optimizer_steps():
+    assert warmup_steps(100, 0.03, 0) == 3
+    assert warmup_steps(10, 0.03, 0) == 1
+    assert warmup_steps(10, 0.03, 4) == 4
+    assert warmup_steps(10, 0.0, 0) == 0
+
+
+def test_norms_and_biases_do_not_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    optimizer = make_adamw(model, 0.1, 0.5, (0.9, 0.999), 1e-8)
+    decays = {tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups
+              for p in g["params"]}
+    assert decays == {(2, 3): 0.5, (2,): 0.0}
+
+
+@pytest.mark.parametrize("max_norm,after", [(1.0, 1.0), (0.0, 5.0), (9.0, 5.0)])
+def test_the_norm_is_the_one_before_clipping(max_norm, after):
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_gradients(model, max_norm).item() == pytest.approx(5.0)
+    assert model.weight.grad.norm().item() == pytest.approx(after, rel=1e-4)
