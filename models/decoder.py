@@ -217,13 +217,13 @@ class Decoder(nn.Module):
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None,
                cu_seqlens: Tensor | None = None, attention_mask: Tensor | None = None,
                cache: KVCache | PagedCache | None = None, rows: Tensor | slice | None = None,
-               prefixes: Tensor | None = None) -> Tensor:
+               parents: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, D) after the final norm, in the compute dtype.
 
         Three layouts:
           batch    nothing else, or attention_mask (B, T) with 1 for real tokens (either side padded)
           packed   cu_seqlens (S + 1,), B = 1: segments one after the other, attending to themselves;
-                   prefixes (S,) names for each the earlier segment that it continues and attends to
+                   parents (S,) names for each the earlier segment that it continues and attends to
                    as well, or -1: chosen and rejected share one prompt. Needs positions.
           cached   cache, the new tokens of `rows` of its slots: a slice (read in place), an index
                    tensor (b,), or None for the first B slots; or one token of each of the first
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:
             positions = torch.arange(T, device=device)[None]
-        layout = Layout(positions, cu_seqlens, attention_mask, cache, rows, prefixes)
+        layout = Layout(positions, cu_seqlens, attention_mask, cache, rows, parents)
 
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
         if self.config.is_gemma:  # the factor is rounded to the dtype, as in the reference

@@ -12,8 +12,8 @@ __all__ = ["dpo_loss", "linear_dpo", "linear_nll", "sequence_logps", "token_logp
 def trained_hidden(model: Decoder, batch: Batch) -> Tensor:
     """(M, D) hidden states of the positions that predict a trained token; only they reach the head."""
     hidden = model.hidden(batch.input_ids, positions=batch.positions, cu_seqlens=batch.cu_seqlens,
-                          prefixes=batch.prefixes)
-    return hidden[0, batch.rows]
+                          parents=batch.parents)
+    return hidden[0, batch.predict_positions]
 
 
 def token_logps(model: Decoder, batch: Batch) -> Tensor:

@@ -25,8 +25,8 @@ class Batch:
     input_ids: Tensor  # (1, N)
     positions: Tensor  # (1, N), restart at every sequence
     cu_seqlens: Tensor  # (segments + 1,) int32, where the segments start; on the CPU
-    prefixes: Tensor  # (segments,) int32, the segment that each one continues, or -1; on the CPU
-    rows: Tensor  # (M,) stream index of the token *before* each trained token
+    parents: Tensor  # (segments,) int32, the segment that each one continues, or -1; on the CPU
+    predict_positions: Tensor  # (M,) stream index of the token *before* each trained token
     targets: Tensor  # (M,) the trained tokens
     cu_targets: Tensor  # (S + 1,) int32, where each sequence's trained tokens start; on the CPU
     num_tokens: int  # of all sequences, shared or not
@@ -34,7 +34,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """With what the GPU computes on there. Boundaries stay, for the host reads them."""
         moved = {name: to_device(getattr(self, name), device)
-                 for name in ("input_ids", "positions", "rows", "targets")}
+                 for name in ("input_ids", "positions", "predict_positions", "targets")}
         if device.type == "cuda":
             moved["cu_targets"] = self.cu_targets.pin_memory()
         return replace(self, **moved)
@@ -58,14 +58,14 @@ def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:
     The shift by one between a token and the position that predicts it happens here and nowhere
     else. The first token of a sequence has no predecessor and is never trained.
     """
-    ids, positions, rows, targets = [], [], [], []  # arrays to be joined
-    starts, prefixes, target_starts, num_tokens = [0], [], [0], 0
+    ids, positions, predict_positions, targets = [], [], [], []  # arrays to be joined
+    starts, parents, target_starts, num_tokens = [0], [], [0], 0
 
     def add(segment: np.ndarray, position: int, parent: int) -> None:
         ids.append(segment)
         positions.append(np.arange(position, position + len(segment)))
         starts.append(starts[-1] + len(segment))
-        prefixes.append(parent)
+        parents.append(parent)
 
     for group in groups:
         shared, parent, beginning = shared_length(group), -1, starts[-1]
@@ -76,7 +76,7 @@ def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:
             tokens = np.array(sequence.ids, np.int64)
             trained = np.flatnonzero(sequence.mask[1:])  # counted from the token before
             # Where a token of the sequence stands: in the beginning, or at the end of the stream.
-            rows.append(trained + np.where(trained < shared, beginning, starts[-1] - shared))
+            predict_positions.append(trained + np.where(trained < shared, beginning, starts[-1] - shared))
             targets.append(tokens[trained + 1])
             target_starts.append(target_starts[-1] + len(trained))
             add(tokens[shared:], shared, parent)
@@ -85,8 +85,8 @@ def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:
         input_ids=_joined(ids)[None],
         positions=_joined(positions)[None],
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        prefixes=torch.tensor(prefixes, dtype=torch.int32),
-        rows=_joined(rows),
+        parents=torch.tensor(parents, dtype=torch.int32),
+        predict_positions=_joined(predict_positions),
         targets=_joined(targets),
         cu_targets=torch.tensor(target_starts, dtype=torch.int32),
         num_tokens=num_tokens,

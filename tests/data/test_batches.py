@@ -21,7 +21,7 @@ def test_collate_shifts_once():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
-    assert batch.rows.tolist() == [1, 2, 4, 5]  # the token before each trained one
+    assert batch.predict_positions.tolist() == [1, 2, 4, 5]  # the token before each trained one
     assert batch.targets.tolist() == [7, 8, 10, 11]
     assert batch.cu_targets.tolist() == [0, 2, 4]
 
@@ -34,8 +34,8 @@ def test_a_group_shares_its_beginning():
     assert batch.input_ids.tolist() == [[9, 8, 1, 2, 3, 4, 5, 6, 7]]
     assert batch.positions.tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 4]]
     assert batch.cu_seqlens.tolist() == [0, 2, 6, 8, 9]
-    assert batch.prefixes.tolist() == [-1, -1, 1, 1]
-    assert batch.rows.tolist() == [0, 4, 5, 6, 4, 5]
+    assert batch.parents.tolist() == [-1, -1, 1, 1]
+    assert batch.predict_positions.tolist() == [0, 4, 5, 6, 4, 5]
     assert batch.targets.tolist() == [8, 4, 5, 6, 4, 7]
     assert batch.cu_targets.tolist() == [0, 1, 4, 6]
     assert batch.num_tokens == 13
@@ -55,7 +55,7 @@ def test_a9_trained_positions_are_the_completion():
     prompt, completion = [1, 2, 3], [4, 5, 6]
     batch = collate([[rendered(prompt + completion, [0] * 3 + [1] * 3)]])
     assert batch.targets.tolist() == completion
-    assert batch.input_ids[0, batch.rows].tolist() == [3, 4, 5]
+    assert batch.input_ids[0, batch.predict_positions].tolist() == [3, 4, 5]
 
 
 def test_first_token_of_a_sequence_has_no_predecessor():

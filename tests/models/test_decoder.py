@@ -86,7 +86,7 @@ def test_branches_of_one_prefix(family, ids):
     positions = [torch.arange(5), torch.arange(9), *(9 + torch.arange(n) for n in lengths[2:])]
     packed = ours(torch.cat(segments)[None], positions=torch.cat(positions)[None],
                   cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-                  prefixes=torch.tensor([-1, -1, 1, 1, 1]))[0].split(lengths)
+                  parents=torch.tensor([-1, -1, 1, 1, 1]))[0].split(lengths)
     close(packed[0], theirs(alone[None]).logits[0])
     for end, logits in zip(ends, packed[2:], strict=True):
         truth = theirs(torch.cat([prefix, end])[None]).logits[0]
