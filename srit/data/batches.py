@@ -70,7 +70,7 @@ def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:
     for group in groups:
         shared, parent, beginning = shared_length(group), -1, starts[-1]
         if shared:
-            parent = len(prefixes)
+            parent = len(parents)
             add(np.array(group[0].ids[:shared], np.int64), 0, -1)
         for sequence in group:
             tokens = np.array(sequence.ids, np.int64)
