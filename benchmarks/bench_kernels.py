@@ -1,21 +1,21 @@
-"""The linear head against its peers: correct first, then time and memory.
+"""Benchmark of the linear head against its peers: correctness first, then time and memory.
 
-    python benchmarks/bench_kernels.py                  everything this device can do
-    python benchmarks/bench_kernels.py --plot FILE.csv  figures and a Markdown table from a CSV
+    python benchmarks/bench_kernels.py                  everything that this device can run
+    python benchmarks/bench_kernels.py --plot FILE.csv  Markdown table and figures from a CSV
 
 Stages: `score` (log-probs, no gradient), `train` (mean NLL, forward and backward), `frozen` (the same
-under a frozen head), `dpo` (preference loss of pairs with prompts as long as completions). Every
-contender must first agree with float64. The roofline is measured: the bare GEMMs of the stage, on a
-chunk of rows, in the same dtype. CPU contenders take turns, so that a noisy machine hits all alike.
-Peak memory is what a call takes beyond what was there before. Peers that are not installed are named
-and left out. Writes benchmarks/results/bench_kernels_<device>.csv after every shape.
+with a frozen head), `dpo` (preference loss of pairs whose prompts are as long as their completions).
+Every contender must first agree with float64. The roofline is measured: the bare GEMMs of the stage, on
+one chunk of rows, in the same dtype. Contenders take turns, so noise of the machine hits all alike.
+Peak memory is what a call adds. Peers that are not installed are named and left out. Writes
+benchmarks/results/bench_kernels_<device>.csv after every shape.
 """
 
 import argparse
 import csv
+import ctypes
 import gc
 import importlib.util
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -40,20 +40,18 @@ MODELS = {  # D, V
     "Llama-3.1-8B": (4096, 128256),
 }
 GEMMS = {"score": 1, "train": 3, "frozen": 2, "dpo": 3}
-OURS = {"score": "srit", "train": "srit linear_nll", "frozen": "srit linear_nll",
-        "dpo": "srit linear_dpo"}
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative Frobenius error against float64
 BETA = 0.1
 
 
 @dataclass
 class Problem:
-    """N rows to score out of `hidden`; for `dpo`, sequences of equal length, prompt and completion."""
+    """N rows to score; for `dpo`, sequences of one length, half prompt and half completion."""
 
     stage: str
-    hidden: Tensor  # (N, D), or (2B, T, D) for dpo
+    hidden: Tensor  # (N, D); dpo: (2B, T, D)
     weight: Tensor  # (V, D)
-    targets: Tensor  # (N,), or (2B, T) for dpo: the token that position t predicts
+    targets: Tensor  # (N,); dpo: (2B, T), the token that each position predicts
     rows: Tensor | None = None  # dpo: the completions' positions in the flattened hidden
     cu_seqlens: Tensor | None = None
     ref: Tensor | None = None  # (2B,)
@@ -61,6 +59,10 @@ class Problem:
     @property
     def scored(self) -> int:
         return len(self.targets) if self.rows is None else len(self.rows)
+
+    def completions(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and targets of the scored rows of `dpo`."""
+        return self.hidden.flatten(0, 1)[self.rows], self.targets.flatten()[self.rows]
 
 
 def make_problem(stage: str, n: int, d: int, vocab: int, dtype: torch.dtype, device: str) -> Problem:
@@ -72,7 +74,7 @@ def make_problem(stage: str, n: int, d: int, vocab: int, dtype: torch.dtype, dev
     if stage != "dpo":
         hidden = torch.randn(n, d, device=device).to(dtype).requires_grad_(trained)
         return Problem(stage, hidden, weight, torch.randint(0, vocab, (n,), device=device))
-    length = min(512, n)  # half of it prompt
+    length = min(512, n)
     sequences = 2 * max(1, n // length)
     hidden = torch.randn(sequences, length, d, device=device).to(dtype).requires_grad_()
     targets = torch.randint(0, vocab, (sequences, length), device=device)
@@ -83,41 +85,42 @@ def make_problem(stage: str, n: int, d: int, vocab: int, dtype: torch.dtype, dev
     return Problem(stage, hidden, weight, targets, rows, cu, ref)
 
 
-def selective_log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
-    """TRL's, where it is installed; else the same operations."""
-    if importlib.util.find_spec("trl") is not None:
-        from trl.trainer.utils import selective_log_softmax as theirs
+def result(p: Problem, logps: Tensor) -> Tensor:
+    return logps if p.stage == "score" else -logps.mean()
 
-        return theirs(logits, targets)
-    if logits.dtype == torch.float32:
-        chosen = logits.gather(-1, targets[..., None])[..., 0]
-        return chosen - torch.stack([row.logsumexp(-1) for row in logits])
-    parts = [F.log_softmax(z, -1).gather(-1, t[..., None])[..., 0]
-             for z, t in zip(logits, targets, strict=True)]
-    return torch.stack(parts)
+
+def ours_logp(p: Problem) -> Tensor:
+    return result(p, linear_logp(p.hidden, p.weight, p.targets, path="gemm"))
+
+
+def ours_fused(p: Problem) -> Tensor:
+    return linear_logp(p.hidden, p.weight, p.targets, path="fused")
+
+
+def ours_nll(p: Problem) -> Tensor:
+    return linear_nll(p.hidden, p.weight, p.targets, scale=1 / len(p.targets))
 
 
 def eager(p: Problem) -> Tensor:
-    logps = linear_logp_ref(p.hidden, p.weight, p.targets)
-    return logps if p.stage == "score" else -logps.mean()
-
-
-def selective(p: Problem) -> Tensor:
-    # One "sequence" of all rows: the loop of the 16-bit branch goes over sequences.
-    logps = selective_log_softmax(F.linear(p.hidden, p.weight)[None], p.targets[None])[0]
-    return logps if p.stage == "score" else -logps.mean()
+    return result(p, linear_logp_ref(p.hidden, p.weight, p.targets))
 
 
 _compiled = torch.compile(linear_logp_ref)
 
 
 def compiled(p: Problem) -> Tensor:
-    logps = _compiled(p.hidden, p.weight, p.targets)
-    return logps if p.stage == "score" else -logps.mean()
+    return result(p, _compiled(p.hidden, p.weight, p.targets))
+
+
+def selective(p: Problem) -> Tensor:
+    from trl.trainer.utils import selective_log_softmax
+
+    # All rows as one sequence: its branch for 16 bits loops over sequences.
+    return result(p, selective_log_softmax(F.linear(p.hidden, p.weight)[None], p.targets[None])[0])
 
 
 def torch_chunked(p: Problem) -> Tensor:
-    # Its own choice of chunk is many times slower on a CPU, and its sums in bf16 too coarse.
+    # Its own chunk size is many times slower on a CPU, and its sums in bf16 are too coarse.
     rows = min(p.scored, chunk_limit(p.hidden, len(p.weight), None))
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, acc_policy="accurate")
     return F.linear_cross_entropy(p.hidden, p.weight, p.targets, options=options)
@@ -135,45 +138,37 @@ def cut_cross_entropy(p: Problem) -> Tensor:
     return linear_cross_entropy(p.hidden, p.weight, p.targets)
 
 
-def ours_nll(p: Problem) -> Tensor:
-    return linear_nll(p.hidden, p.weight, p.targets, scale=1 / len(p.targets))
+def pair_loss(p: Problem, sums: Tensor) -> Tensor:
+    return dpo_loss(sums[0::2], sums[1::2], p.ref[0::2], p.ref[1::2], BETA)[0].sum()
 
 
-def ours_stash(p: Problem) -> Tensor:
-    return -linear_logp(p.hidden, p.weight, p.targets, path="gemm", stash_bytes=1 << 62).mean()
+def ours_dpo(p: Problem) -> Tensor:
+    x, targets = p.completions()
+    return linear_dpo(x, p.weight, targets, p.cu_seqlens, p.ref, beta=BETA)[0]
 
 
-def ours_recompute(p: Problem) -> Tensor:
-    return -linear_logp(p.hidden, p.weight, p.targets, path="gemm", stash_bytes=0).mean()
-
-
-def ours_gemm(p: Problem) -> Tensor:
-    return linear_logp(p.hidden, p.weight, p.targets, path="gemm")
-
-
-def ours_fused(p: Problem) -> Tensor:
-    return linear_logp(p.hidden, p.weight, p.targets, path="fused")
-
-
-def pair_loss(sums: Tensor, ref: Tensor) -> Tensor:
-    return dpo_loss(sums[0::2], sums[1::2], ref[0::2], ref[1::2], BETA)[0].sum()
+def ours_two_pass(p: Problem) -> Tensor:
+    x, targets = p.completions()
+    return pair_loss(p, segment_sum(linear_logp(x, p.weight, targets, path="gemm"), p.cu_seqlens))
 
 
 def trl_all_rows(p: Problem) -> Tensor:
-    """Head over prompts too, then mask: TRL's trainer without Liger."""
+    """TRL's trainer without Liger: the head also runs over prompts, which are then masked."""
+    from trl.trainer.utils import selective_log_softmax
+
     logps = selective_log_softmax(F.linear(p.hidden, p.weight), p.targets)
     mask = torch.zeros(p.targets.numel(), device=logps.device)
     mask[p.rows] = 1
-    return pair_loss((logps * mask.view_as(logps)).sum(1), p.ref)
+    return pair_loss(p, (logps * mask.view_as(logps)).sum(1))
 
 
 def eager_completions(p: Problem) -> Tensor:
-    x, targets = p.hidden.flatten(0, 1)[p.rows], p.targets.flatten()[p.rows]
-    return pair_loss(linear_logp_ref(x, p.weight, targets).view(len(p.ref), -1).sum(1), p.ref)
+    x, targets = p.completions()
+    return pair_loss(p, linear_logp_ref(x, p.weight, targets).view(len(p.ref), -1).sum(1))
 
 
 def liger_dpo(p: Problem) -> Tensor:
-    """It has no cached reference: its loss scores one too, here with the same states and weight."""
+    """Takes no cached reference but scores one: here with the same states and weight."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     labels = torch.full_like(p.targets, -100).flatten()
@@ -186,49 +181,39 @@ def liger_dpo(p: Problem) -> Tensor:
     return loss * (len(p.ref) // 2)
 
 
-def ours_two_pass(p: Problem) -> Tensor:
-    x, targets = p.hidden.flatten(0, 1)[p.rows], p.targets.flatten()[p.rows]
-    logps = linear_logp(x, p.weight, targets, path="gemm")
-    return pair_loss(segment_sum(logps, p.cu_seqlens), p.ref)
+PEERS = {"torch chunked": torch_chunked, "liger": liger, "cut-cross-entropy": cut_cross_entropy}
+CONTENDERS = {  # the first is the one that the others are compared with
+    "score": {"srit": ours_logp, "eager float32": eager, "selective": selective,
+              "torch.compile": compiled, "srit fused": ours_fused},
+    "train": {"srit linear_nll": ours_nll, "srit linear_logp": ours_logp, "eager float32": eager,
+              "selective": selective, "torch.compile": compiled, **PEERS},
+    "frozen": {"srit linear_nll": ours_nll, "srit linear_logp": ours_logp, "eager float32": eager,
+               "torch.compile": compiled, **PEERS},
+    "dpo": {"srit linear_dpo": ours_dpo, "srit linear_logp": ours_two_pass,
+            "trl, all rows": trl_all_rows, "eager, completions": eager_completions,
+            "liger dpo": liger_dpo},
+}
+PACKAGES = {"selective": "trl", "trl, all rows": "trl", "liger": "liger_kernel",
+            "liger dpo": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+GPU_ONLY = ("srit fused", "liger", "liger dpo", "cut-cross-entropy")
+
+Function = Callable[[Problem], Tensor]
 
 
-def ours_dpo(p: Problem) -> Tensor:
-    x, targets = p.hidden.flatten(0, 1)[p.rows], p.targets.flatten()[p.rows]
-    return linear_dpo(x, p.weight, targets, p.cu_seqlens, p.ref, beta=BETA)[0]
-
-
-def contenders(stage: str, device: str) -> dict[str, Callable[[Problem], Tensor]]:
-    """What can run here, ours first; prints what cannot."""
-    gpu, have = device == "cuda", importlib.util.find_spec
-    if stage == "dpo":
-        found = {"srit linear_dpo": ours_dpo, "srit linear_logp": ours_two_pass,
-                 "trl, all rows": trl_all_rows, "eager, completions": eager_completions}
-        peers = {"liger dpo": (liger_dpo, gpu and have("liger_kernel"))}
-    elif stage == "score":
-        found = {"srit": ours_gemm, "eager float32": eager, "selective": selective,
-                 "torch.compile": compiled}
-        peers = {"srit fused": (ours_fused, gpu)}
-    else:
-        found = {"srit linear_nll": ours_nll, "srit stash": ours_stash,
-                 "srit recompute": ours_recompute, "eager float32": eager, "selective": selective,
-                 "torch.compile": compiled}
-        if stage == "frozen":
-            found = {"srit linear_nll": ours_nll, "srit linear_logp": ours_stash,
-                     "eager float32": eager, "torch.compile": compiled}
-        peers = {
-            "torch chunked": (torch_chunked, hasattr(F, "linear_cross_entropy")),
-            "liger": (liger, gpu and have("liger_kernel")),
-            "cut-cross-entropy": (cut_cross_entropy, gpu and have("cut_cross_entropy")),
-        }
-    for name, (function, available) in peers.items():
-        if available:
-            found[name] = function
-        else:
+def contenders(stage: str, device: str) -> dict[str, Function]:
+    """Those that can run here; prints the others."""
+    found = {}
+    for name, function in CONTENDERS[stage].items():
+        if (name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None
+                or name in GPU_ONLY and device != "cuda"
+                or name == "torch chunked" and not hasattr(F, "linear_cross_entropy")):
             print(f"{stage}: {name} is left out: not installed, or not for this device")
+        else:
+            found[name] = function
     return found
 
 
-def call(function: Callable[[Problem], Tensor], p: Problem) -> list[Tensor]:
+def call(function: Function, p: Problem) -> list[Tensor]:
     """The value, and the gradients of what is trained."""
     if p.stage == "score":
         with torch.no_grad():
@@ -243,9 +228,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def gate(stage: str, dtype: torch.dtype, device: str,
-         found: dict[str, Callable[[Problem], Tensor]]) -> dict[str, Callable[[Problem], Tensor]]:
-    """The contenders that agree with float64 at an odd shape; exits when one of ours does not."""
+def check(stage: str, dtype: torch.dtype, device: str,
+          found: dict[str, Function]) -> dict[str, Function]:
+    """Those that agree with float64 at an odd shape; exits if one of ours does not."""
     p = make_problem(stage, 515, 64, 5003, dtype, device)
     wide = Problem(stage, p.hidden.detach().double(), p.weight.detach().double(), p.targets, p.rows,
                    p.cu_seqlens, p.ref)
@@ -254,7 +239,7 @@ def gate(stage: str, dtype: torch.dtype, device: str,
     want = call(eager_completions if stage == "dpo" else eager, wide)
     passed = {}
     for name, function in found.items():
-        if name == "liger dpo":  # its loss is another one: it knows no cached reference
+        if name == "liger dpo":  # without the cached reference its loss is another one
             passed[name] = function
             continue
         try:
@@ -288,10 +273,10 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 
 def peak_mib(function: Callable[[], object], device: str) -> int:
-    """Most memory that one call takes beyond what was there.
+    """Peak memory that one call adds.
 
-    On the CPU the kernel's own high-water mark of the process, which can be reset; freed memory that
-    the C library still holds is given back first, or the call would find it for nothing.
+    On the CPU from the kernel's high-water mark of the process, which can be reset. Freed memory that
+    glibc keeps is returned first; the call could use it without being counted.
     """
     gc.collect()
     if device == "cuda":
@@ -299,8 +284,6 @@ def peak_mib(function: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20)
-    import ctypes
-
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status_kib("VmRSS")
@@ -314,7 +297,7 @@ def status_kib(name: str) -> int:
 
 
 def gemm_milliseconds(p: Problem, device: str, rounds: int) -> float:
-    """The stage's bare GEMMs over all scored rows, from a chunk of them."""
+    """The stage's bare GEMMs over all scored rows, from one chunk of them."""
     w = p.weight.detach()
     rows = min(p.scored, chunk_limit(w, len(w), None))
     x = p.hidden.detach().flatten(0, -2)[:rows].contiguous()
@@ -329,26 +312,14 @@ def gemm_milliseconds(p: Problem, device: str, rounds: int) -> float:
     return total * p.scored / rows
 
 
-def copy_rate(device: str) -> float:
-    """GB/s of a large copy, bytes read and written."""
-    source = torch.randn((64 if device == "cpu" else 1024) << 20, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    best = min(timed(lambda: target.copy_(source), device) for _ in range(5))
-    return 2 * source.nbytes / best / 1e6
-
-
-def quantile(values: list[float], q: float) -> float:
-    return sorted(values)[round(q * (len(values) - 1))]
-
-
-def measure(p: Problem, found: dict, model: str, n: int, device: str, rounds: int) -> list[dict]:
-    """Times and peaks of every contender on one problem."""
-    torch._dynamo.reset()  # compiled anew, for this shape alone
+def measure(p: Problem, found: dict[str, Function], model: str, n: int, device: str,
+            rounds: int) -> list[dict]:
+    """Time and peak memory of every contender, one CSV row each."""
+    torch._dynamo.reset()  # compile for this shape only
     peaks, times = {}, {name: [] for name in found}
-    for name, function in list(found.items()):
+    for name, function in found.items():
         try:
-            call(function, p)  # compiles, and warms up
+            call(function, p)  # compiles and warms up
             p.hidden.grad = p.weight.grad = None
             peaks[name] = peak_mib(lambda f=function: call(f, p), device)
         except torch.OutOfMemoryError:
@@ -360,7 +331,7 @@ def measure(p: Problem, found: dict, model: str, n: int, device: str, rounds: in
                 times[name].append(timed(lambda f=function: call(f, p), device))
     p.hidden.grad = p.weight.grad = None
     gemm = gemm_milliseconds(p, device, rounds)
-    base = statistics.median(times[OURS[p.stage]])
+    base = statistics.median(times[next(iter(found))])
     flops = 2 * GEMMS[p.stage] * p.scored * p.weight.numel()
     rows = []
     for name, values in times.items():
@@ -370,18 +341,17 @@ def measure(p: Problem, found: dict, model: str, n: int, device: str, rounds: in
         if not values:
             rows.append(row | {"peak_mib": "out of memory"})
             continue
-        middle = statistics.median(values)
+        p20, p80 = (sorted(values)[round(q * (len(values) - 1))] for q in (0.2, 0.8))
+        p50 = statistics.median(values)
         rows.append(row | {
-            "p20_ms": round(quantile(values, 0.2), 3), "p50_ms": round(middle, 3),
-            "p80_ms": round(quantile(values, 0.8), 3), "tflops": round(flops / middle / 1e9, 2),
-            "percent_of_gemm": round(100 * gemm / middle, 1),
-            "ratio_to_ours": round(middle / base, 2), "peak_mib": peaks[name]})
+            "p20_ms": round(p20, 3), "p50_ms": round(p50, 3), "p80_ms": round(p80, 3),
+            "tflops": round(flops / p50 / 1e9, 2), "percent_of_gemm": round(100 * gemm / p50, 1),
+            "ratio_to_ours": round(p50 / base, 2), "peak_mib": peaks[name]})
     return rows
 
 
 def show(rows: list[dict]) -> None:
-    first = rows[0]
-    print("\n{stage}  {model}  N={scored}  {dtype}".format(**first))
+    print("\n{stage}  {model}  N={scored}  {dtype}".format(**rows[0]))
     for row in rows:
         if "p50_ms" not in row:
             print(f"  {row['contender']:22} out of memory")
@@ -391,8 +361,9 @@ def show(rows: list[dict]) -> None:
 
 
 def stamp_of_this_run() -> dict:
-    """Taken before the first result is written, which would make the working tree dirty."""
-    stamp = {"device": device_name(), "torch": torch.__version__, "commit": describe()["commit"]}
+    """Taken before the first result is written: that would make the working tree dirty."""
+    about = describe()
+    stamp = {"device": about["machine"], "torch": torch.__version__, "commit": about["commit"]}
     if importlib.util.find_spec("triton"):
         import triton
 
@@ -400,51 +371,38 @@ def stamp_of_this_run() -> dict:
     return stamp
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{describe()['machine']}"
-
-
-def fused_table(rows: list[dict]) -> None:
-    """The line for FUSED_UP_TO: the largest D at which path B wins, N = 16384."""
+def fused_table(rows: list[dict], device_name: str) -> None:
+    """Prints the entry of FUSED_UP_TO: the largest D at which path B wins, for N = 16384."""
     times = {(r["d"], r["contender"]): r["p50_ms"] for r in rows
              if r["stage"] == "score" and r["n"] == 16384 and "p50_ms" in r}
     wins = [d for d, name in times if name == "srit fused" and times[d, name] < times[d, "srit"]]
-    print(f"\nFUSED_UP_TO: {{{device_name()!r}: {max(wins, default=0)}}}")
+    print(f"\nFUSED_UP_TO: {{{device_name!r}: {max(wins, default=0)}}}")
 
 
-def plot(path: Path) -> None:
-    """One figure a stage and dtype: time relative to ours, and peak memory."""
+def plot(path: Path, rows: list[dict]) -> None:
+    """One figure per stage and dtype: time relative to ours, and peak memory."""
     plt = pyplot()
-    with open(path, newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if row["p50_ms"]]
-    colors = ["#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#F0E442"]
     for stage, dtype in dict.fromkeys((row["stage"], row["dtype"]) for row in rows):
-        part = [row for row in rows if (row["stage"], row["dtype"]) == (stage, dtype)]
+        part = [row for row in rows if (row["stage"], row["dtype"]) == (stage, dtype) and row["p50_ms"]]
         shapes = list(dict.fromkeys((row["model"], row["n"]) for row in part))
         names = list(dict.fromkeys(row["contender"] for row in part))
-        height = max(2.4, 0.3 * len(shapes) * (len(names) + 1) + 1.2)
-        figure, axes = plt.subplots(1, 2, figsize=(10, height), sharey=True)
-        for axis, column in zip(axes, ("ratio_to_ours", "peak_mib"), strict=True):
-            for row in part:
-                y = -(shapes.index((row["model"], row["n"])) * (len(names) + 1)
-                      + names.index(row["contender"]))
-                value = float(row[column])
-                axis.barh(y, value, color=colors[names.index(row["contender"]) % len(colors)])
-                label = f"{value:.2f}" if column == "ratio_to_ours" else f"{value:.0f}"
-                axis.annotate(label, (value, y), (3, 0), textcoords="offset points", va="center",
-                              fontsize=8)
+        step = len(names) + 1
+        figure, axes = plt.subplots(1, 2, figsize=(10, max(2.4, 0.3 * len(shapes) * step + 1.2)),
+                                    sharey=True)
+        for axis, column, form in ((axes[0], "ratio_to_ours", "%.2f"), (axes[1], "peak_mib", "%.0f")):
+            for j, name in enumerate(names):
+                own = [row for row in part if row["contender"] == name]
+                bars = axis.barh([-shapes.index((row["model"], row["n"])) * step - j for row in own],
+                                 [float(row[column]) for row in own], color=f"C{j}")
+                axis.bar_label(bars, fmt=form, padding=3, fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(x=0.12)
-        ticks = {-(i * (len(names) + 1) + j): name
-                 for i, _ in enumerate(shapes) for j, name in enumerate(names)}
-        axes[0].set_yticks(list(ticks), list(ticks.values()))
+        axes[0].set_yticks([-i * step - j for i in range(len(shapes)) for j in range(len(names))],
+                           names * len(shapes))
         for i, (model, n) in enumerate(shapes):
-            axes[0].annotate(f"{model}, N = {n}", (0, -i * (len(names) + 1) + 0.6), fontsize=9,
-                             fontweight="bold")
+            axes[0].text(0, -i * step + 0.6, f"{model}, N = {n}", fontsize=9, fontweight="bold")
         axes[0].axvline(1, color="#666666", linewidth=0.8)
-        axes[0].set_xlabel(f"time / {OURS[stage]}")
+        axes[0].set_xlabel(f"time / {names[0]}")
         axes[1].set_xlabel("peak memory, MiB")
         figure.suptitle(f"{stage}, {dtype}, {part[0]['device']}, torch {part[0]['torch']}", fontsize=10)
         figure.tight_layout()
@@ -454,10 +412,7 @@ def plot(path: Path) -> None:
         print(target)
 
 
-def table(path: Path) -> None:
-    """The CSV as Markdown."""
-    with open(path, newline="") as handle:
-        rows = list(csv.DictReader(handle))
+def table(rows: list[dict]) -> None:
     print("| stage | dtype | contender | ms | of ours | of the bare GEMMs' rate | peak MiB |")
     print("|---|---|---|--:|--:|--:|--:|")
     for row in rows:
@@ -474,7 +429,7 @@ def main() -> None:
                         default=list(MODELS) if gpu else ["SmolLM2-135M"])
     parser.add_argument("--rows", nargs="+", type=int, metavar="N",
                         default=[16384, 4096, 65536] if gpu else [2048],
-                        help="N, scored rows; dpo has as many prompt rows beside them")
+                        help="N, scored rows; dpo has as many prompt rows besides")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"],
                         default=["bfloat16"] if gpu else ["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=20 if gpu else 5)
@@ -484,15 +439,17 @@ def main() -> None:
     parser.add_argument("--plot", metavar="CSV", help="only show a CSV: table and figures")
     args = parser.parse_args()
     if args.plot:
-        table(Path(args.plot))
-        plot(Path(args.plot))
+        with open(args.plot, newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        table(rows)
+        plot(Path(args.plot), rows)
         return
     device = "cuda" if gpu else "cpu"
-    slug = device_name().replace(" ", "-") if gpu else "cpu"
-    output = Path(args.output or Path(__file__).parent / f"results/bench_kernels_{slug}.csv")
     started, rows, stamp = time.monotonic(), [], stamp_of_this_run()
-    print(f"{device_name()}: copies {copy_rate(device):.0f} GB/s, {os.cpu_count()} CPUs")
-    found = {(stage, name): gate(stage, getattr(torch, name), device, contenders(stage, device))
+    slug = stamp["device"].replace(" ", "-") if gpu else "cpu"
+    output = Path(args.output or Path(__file__).parent / f"results/bench_kernels_{slug}.csv")
+    print(stamp["device"])
+    found = {(stage, name): check(stage, getattr(torch, name), device, contenders(stage, device))
              for name in args.dtypes for stage in args.stages}
     for n in args.rows:
         for model in args.models:
@@ -507,7 +464,7 @@ def main() -> None:
                 rows += new
                 write_csv([row | stamp for row in rows], output)
     if gpu and "score" in args.stages:
-        fused_table(rows)
+        fused_table(rows, stamp["device"])
     print(output)
 
 

@@ -1,14 +1,13 @@
-"""Time to answer N questions with K samples each: this engine against transformers' generate.
+"""Time to answer N questions with K samples each: our engine against generate() of transformers.
 
     python benchmarks/bench_sampling.py --model_name_or_path M [--questions 200] [--samples 4]
 
-First a gate: greedy answers must be the same tokens in both (float32). Then both
-sample the same work in turns, transformers with left padding, prompts sorted by length, at every
---hf_batch_size; its best one is what the ratio is taken to. Tokens are those up to the end of each
-answer, padding not counted. Also what share of the measured read bandwidth goes into reading weights
-(every forward pass reads all of them once). Writes benchmarks/results/bench_sampling_*.csv.
+First a gate: greedy answers must be the same tokens in both (float32). Then both do the same work in
+turns: transformers with left padding, prompts sorted by length, at every --hf_batch_size; the ratio is
+taken to its fastest. Tokens are counted up to the end of each answer, without padding. Also reported:
+the share of the measured read bandwidth that reading the weights takes (once per forward pass).
 The questions are the demo's out-of-domain word problems in the model's own chat template.
-Needs the [bench] extra.
+Writes benchmarks/results/bench_sampling_*.csv. Needs the [bench] extra.
 """
 
 import argparse
@@ -23,7 +22,8 @@ from tables import write_csv
 from transformers import AutoModelForCausalLM
 
 from srit.commands.demo_data import generate as make_questions
-from srit.generation.engine import Request, generate, request_seed
+from srit.generation.engine import generate
+from srit.generation.params import Request, SamplingParams, request_seed
 from srit.models import Decoder, load_model
 from srit.runtime.run_dir import describe
 from srit.text.prompts import question_messages, render
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a sum over 1 GiB reads, the best of five."""
+    """Bytes per second read by a sum over 1 GiB, the best of five."""
     data, best = torch.ones(2**28, device=device), 0.0
     for _ in range(5):
         started = time.perf_counter()
@@ -47,15 +47,15 @@ def ours(model: Decoder, prompts: list[tuple[int, ...]], args: argparse.Namespac
     """Token ids of every answer, without the stop token."""
     requests = [Request((i, s), ids, request_seed(0, i, s))
                 for i, ids in enumerate(prompts) for s in range(samples)]
-    results = generate(model, requests, stop_ids=stop_ids, max_new_tokens=args.max_new_tokens,
-                       slots=args.slots, temperature=temperature)
+    params = SamplingParams(args.max_new_tokens, temperature)
+    results = generate(model, requests, params, stop_ids=stop_ids, slots=args.slots)
     return [results[request.key].ids for request in requests]
 
 
 @torch.inference_mode()
 def theirs(model: torch.nn.Module, prompts: list[tuple[int, ...]], args: argparse.Namespace,
            stop_ids: set[int], samples: int, temperature: float, batch_size: int) -> list[list[int]]:
-    """The same from transformers; `batch_size` counts samples."""
+    """The same by transformers; `batch_size` counts samples."""
     answers: dict[int, list[list[int]]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     chosen = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--slots", type=int, default=128, help="sequences that we decode together")
+    parser.add_argument("--slots", type=int, default=128, help="sequences that decode together")
     parser.add_argument("--hf_batch_size", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--gate", type=int, default=50, help="questions compared greedily")
     parser.add_argument("--rounds", type=int, default=2)

@@ -1,15 +1,22 @@
-"""One training step, SFT or DPO, against TRL's trainers: same rows, same model, same optimizer.
+"""One training step (SFT or DPO) against TRL's trainers: same rows, same model, same optimizer.
 
-    python benchmarks/bench_step.py [--stage dpo sft] [--model SmolLM2-135M] [--dtype float32]
-    python benchmarks/bench_step.py --plot FILE.csv     the figure of a CSV
+Every contender runs in its own process. They take turns, so that noise of the machine affects all of
+them. Losses are compared before any time is printed. The model is random, of the named shape; the
+tokenizer has one token per word, so rows have exactly the lengths in lengths.json, which are those of
+real pairs and demonstrations. Step time is the median over all steps but the first. Peak memory is that
+of the process, minus what it held before the model was loaded. Writes a CSV and its figure to
+benchmarks/results/. Needs the [bench] extra.
 
-Every contender runs in a process of its own, in turns, so that a noisy machine hits all alike; losses
-are compared before any time is printed. A random checkpoint of the model's shape and a tokenizer of
-one token a word make rows of exactly the lengths in benchmarks/lengths.json, which are those of real
-pairs and demonstrations. Step time: median over the steps after the first. Peak memory: of the
-process, beyond what it held before it loaded the model. Writes benchmarks/results/bench_step_*.csv and
-its figure.
-Needs the [bench] extra.
+The table in README.md:
+    python benchmarks/bench_step.py
+The tables in docs/step.md:
+    python benchmarks/bench_step.py --stage dpo --rounds 1 --contenders srit "srit, compiled" \\
+        "srit, checkpointing" "srit, checkpointing of MLPs" trl "trl, checkpointing" \\
+        --output benchmarks/results/bench_step_SmolLM2-135M_float32_cpu_dpo_policies.csv
+    python benchmarks/bench_step.py --stage dpo --layers 4 --batch_size 2 --steps 3 --rounds 1 \\
+        --contenders srit trl --model Llama-3.2-1B    (and Qwen2.5-1.5B)
+The figure of a CSV:
+    python benchmarks/bench_step.py --plot FILE.csv
 """
 
 import argparse
@@ -34,7 +41,7 @@ SHAPES = {  # layers, hidden, intermediate, heads, key/value heads, vocabulary, 
     "Llama-3.2-1B": (16, 2048, 8192, 32, 8, 128256, True),
     "Qwen2.5-1.5B": (28, 1536, 8960, 12, 2, 151936, True),
 }
-CONTENDERS = {  # and their settings
+CONTENDERS = {  # name: settings
     "srit": {},
     "srit, compiled": {"torch_compile": True},
     "srit, checkpointing": {"gradient_checkpointing": True},
@@ -47,7 +54,7 @@ CONTENDERS = {  # and their settings
 
 
 def make_checkpoint(directory: Path, shape: str, layers: int | None) -> None:
-    """A random Llama of this shape, shallower if asked, and a tokenizer whose token i is `w<i>`."""
+    """Write a random Llama of this shape, and a tokenizer whose token i is the word `w<i>`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from srit.models import Decoder, ModelConfig, save_model
@@ -76,7 +83,7 @@ def make_checkpoint(directory: Path, shape: str, layers: int | None) -> None:
 
 
 def make_rows(stage: str, n: int, vocab: int) -> list[dict]:
-    """Random words in the recorded lengths; an end-of-sequence token follows every completion."""
+    """Rows of random words in the recorded lengths. Completions leave room for the EOS token."""
     rng, lengths = random.Random(0), json.loads((HERE / "lengths.json").read_text())
     sizes = lengths["pairs" if stage == "dpo" else "demonstrations"]
     names = ("prompt", "chosen", "rejected") if stage == "dpo" else ("prompt", "completion")
@@ -90,7 +97,7 @@ def make_rows(stage: str, n: int, vocab: int) -> list[dict]:
 
 
 def resident(name: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes; on a GPU, its own counters."""
+    """VmRSS (current) or VmHWM (peak) in bytes: of this process, or of torch on a GPU."""
     if torch.cuda.is_available():
         counters = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
         return counters[name]()
@@ -102,21 +109,21 @@ def run_srit(args: argparse.Namespace, rows: Path, settings: dict) -> tuple[list
     from srit.config import DPOConfig, SFTConfig
     from srit.train import dpo, sft
 
-    times, step = [], training.Optimization.step
+    stage, config = (dpo, DPOConfig) if args.stage[0] == "dpo" else (sft, SFTConfig)
+    times, step = [], stage.optimizer_step
 
-    def timed(self, *arguments):
-        norm, finite = step(self, *arguments)
+    def timed(*arguments, **named):
+        norm, finite = step(*arguments, **named)
         times.append((norm.item(), time.perf_counter())[1])  # waits for the device
         return norm, finite
 
-    training.Optimization.step = timed
-    config, main = (DPOConfig, dpo.main) if args.stage[0] == "dpo" else (SFTConfig, sft.main)
+    stage.optimizer_step = timed
     out = rows.parent / "srit"
-    main(config(args.checkpoint, [str(rows)], str(out), dtype=args.dtype, max_length=2048,
-                device="cuda" if torch.cuda.is_available() else "cpu", max_steps=args.steps,
-                learning_rate=1e-5, lr_scheduler_type="constant", warmup_ratio=0.0,
-                per_device_train_batch_size=args.batch_size, logging_steps=1, shuffle_dataset=False,
-                **settings))
+    stage.main(config(
+        args.checkpoint, [str(rows)], str(out), dtype=args.dtype, max_length=2048,
+        device="cuda" if torch.cuda.is_available() else "cpu", max_steps=args.steps, learning_rate=1e-5,
+        lr_scheduler_type="constant", warmup_ratio=0.0, per_device_train_batch_size=args.batch_size,
+        logging_steps=1, shuffle_dataset=False, **settings))
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return times, [json.loads(line)["loss"] for line in lines]
 
@@ -168,9 +175,9 @@ def run_trl(args: argparse.Namespace, rows: Path, settings: dict) -> tuple[list,
 
 
 def contend(args: argparse.Namespace) -> None:
-    """Child process: run one contender and print a JSON line."""
+    """In the child process: run one contender and print its results as JSON."""
     vocab = SHAPES[args.model][5]
-    # What the imports take is not counted as memory of the step.
+    # Import first: the memory of libraries is not counted.
     importlib.import_module("trl" if args.contender.startswith("trl") else "srit.train.dpo")
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
@@ -185,7 +192,7 @@ def contend(args: argparse.Namespace) -> None:
 
 
 def tokens_a_step(stage: str, steps: int, batch_size: int, vocab: int) -> list[int]:
-    """Tokens of every step as both trainers see them: prompts with each of their completions."""
+    """Tokens of every step. A prompt counts once for each of its completions."""
     rows = make_rows(stage, steps * batch_size, vocab)
     sizes = [{name: len(text.split()) + (name != "prompt") for name, text in row.items()}
              for row in rows]
@@ -194,7 +201,7 @@ def tokens_a_step(stage: str, steps: int, batch_size: int, vocab: int) -> list[i
 
 
 def measure(args: argparse.Namespace, stage: str) -> list[dict]:
-    """Every contender, `rounds` times in turns; one CSV row each."""
+    """Run the contenders in turns, `rounds` times. Returns one CSV row for each."""
     results: dict[str, list[dict]] = {}
     for turn in range(args.rounds):
         for name in args.contenders:
@@ -241,7 +248,7 @@ def measure(args: argparse.Namespace, stage: str) -> list[dict]:
 
 
 def plot(path: Path) -> None:
-    """Speed and memory of every contender, a line each."""
+    """Draw the speed and memory of every contender."""
     plt = pyplot()
     with open(path, newline="") as handle:
         rows = list(csv.DictReader(handle))
@@ -270,18 +277,20 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=["dpo", "sft"], default=["dpo", "sft"])
     parser.add_argument("--model", choices=list(SHAPES), default="SmolLM2-135M")
-    parser.add_argument("--layers", type=int, help="fewer than the model has, where memory is short")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to save memory")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch_size", type=int, default=4, help="pairs (dpo) or rows (sft)")
-    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--batch_size", type=int, default=4, help="pairs (dpo) or rows (sft) per step")
+    parser.add_argument("--steps", type=int, default=4, help="the first one is not timed")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS),
-                        default=["srit", "trl", "srit, checkpointing", "trl, checkpointing"])
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME",
+                        default=["srit", "trl", "srit, checkpointing", "trl, checkpointing"],
+                        help="; ".join(CONTENDERS))
     parser.add_argument("--output")
-    parser.add_argument("--plot", metavar="CSV", type=Path, help="only draw a CSV")
+    parser.add_argument("--plot", metavar="CSV", type=Path, help="only draw the figure of this CSV")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Same pairs, same model, same order: our DPO steps against trl.DPOTrainer's, number by number.
+"""Compare every metric of our DPO steps with trl.DPOTrainer's, on the same pairs in the same order.
 
-    python benchmarks/check_trl.py --model_name_or_path M [--train_file pairs.jsonl] [--steps 5]
+    python benchmarks/check_trl.py --model_name_or_path M
+    python benchmarks/check_trl.py --model_name_or_path M --loss_type hinge \\
+        --output benchmarks/results/check_trl_hinge.csv      (and ipo, sigmoid_norm)
 
-fp32 on the CPU, plain-text rows, AdamW, constant learning rate. Exits 1 when a loss, reward,
-log-prob or gradient norm differs by more than 1e-3 relative. Writes
-benchmarks/results/check_trl.csv with versions. Needs the [bench] extra.
+float32 on the CPU, plain-text rows, AdamW, constant learning rate. Exits with status 1 if a loss,
+reward, log-prob or gradient norm differs by more than TOLERANCE. Needs the [bench] extra.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from srit.train import dpo
 
 NAMES = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins",
          "rewards/accuracies", "logps/chosen", "logps/rejected")
-TOLERANCE = 1e-3
+TOLERANCE = 1e-3  # relative
 
 
 def make_pairs(n: int) -> list[dict]:
-    """Plain-text pairs of unequal lengths; the prompt ends so that no token merges across it."""
+    """Plain-text pairs of different lengths. No token spans prompt and completion."""
     rng, rows = random.Random(0), []
     for _ in range(n):
         a, b, c = rng.randint(2, 60), rng.randint(2, 60), rng.randint(2, 9)
@@ -87,7 +88,7 @@ def theirs(model: str, rows: list[dict], args: argparse.Namespace, out: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--train_file", help="plain-text prompt/chosen/rejected rows")
+    parser.add_argument("--train_file", help="plain-text preference rows; default: generated ones")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
@@ -112,7 +113,7 @@ def main() -> None:
     table, worst = [], 0.0
     for step, (x, y) in enumerate(zip(a, b, strict=True), 1):
         for name in NAMES:
-            # a reward of exactly 0 has no scale of its own; step 1 is compared absolutely
+            # A reward of exactly 0, as in step 1, has no scale, so it is compared absolutely.
             scale = max(abs(float(y[name])), 1e-2 if "reward" in name else 1e-6)
             difference = abs(x[name] - float(y[name])) / scale
             worst = max(worst, difference)

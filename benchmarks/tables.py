@@ -1,4 +1,4 @@
-"""How every benchmark here keeps and draws its rows."""
+"""Writing and drawing the rows of all benchmarks."""
 
 import csv
 from pathlib import Path
@@ -8,7 +8,7 @@ from srit.runtime.files import atomic_write
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """One line a row, under the names of all rows in the order they appear; whole or not at all."""
+    """Write rows atomically. The columns are the keys of all rows, in order of appearance."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_write(path) as handle:
         writer = csv.DictWriter(handle, names)
@@ -17,7 +17,7 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def pyplot() -> ModuleType:
-    """matplotlib.pyplot without a screen, whose SVG files keep text as text."""
+    """matplotlib.pyplot without a display; SVG files keep text as text."""
     import matplotlib
 
     matplotlib.use("Agg")

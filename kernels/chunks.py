@@ -1,13 +1,13 @@
-"""How the head's rows go through in chunks: sizes, buffers and the weight's gradient.
+"""Splits the rows of the head into chunks: sizes, logits buffers, and the sum of the weight's gradient.
 
-A chunk's GEMMs read W twice and read and write the float32 sum of dW once, 12 V D bytes in bf16,
-against 6 R V D FLOPs for its R rows: a loss of time that shrinks with R alone (docs/kernels.md).
-So chunks are as large as the budget allows, and all of one size.
+A chunk of R rows reads W twice and reads and writes the float32 sum of dW once: 12 V D bytes in bf16,
+against 6 R V D FLOPs. The relative cost falls with R alone (docs/kernels.md), so chunks are as large as
+the budget allows, and all of one size.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -25,27 +25,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def chunk_limit(x: Tensor, vocab: int, chunk_bytes: int | None) -> int:
-    """Rows whose logits, in the dtype of x, fit `chunk_bytes`; at least one."""
+    """Number of rows whose logits, in the dtype of x, fit `chunk_bytes`; at least one."""
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"])
     return max(1, chunk_bytes // (vocab * x.element_size()))
 
 
 def row_chunks(n: int, limit: int) -> list[slice]:
-    """n rows in as few chunks of at most `limit` as do, equalised so that none is a rest."""
+    """n rows in as few chunks as possible of at most `limit` rows, all of about one size."""
     if n == 0:
         return []
     rows = math.ceil(n / math.ceil(n / limit))
     tiled = math.ceil(rows / TILE_ROWS) * TILE_ROWS
-    if rows >= 16 * TILE_ROWS and tiled <= limit:  # the last chunk can spare the others' rounding
+    if rows >= 16 * TILE_ROWS and tiled <= limit:  # whole GEMM tiles; only the last chunk has a rest
         rows = tiled
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
 def group_chunks(ends: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Groups of rows that must not be parted, in chunks of about equal size: (first, last + 1).
+    """Chunks (first, last + 1) of whole groups of rows, all of about one size.
 
-    `ends[i]` is where group i ends. A group that is larger than `limit` gets a chunk of its own.
+    `ends[i]` is the row where group i ends. A group of more than `limit` rows is a chunk of its own.
     """
     chunks, first, start = [], 0, 0
     while first < len(ends):
@@ -53,7 +53,7 @@ def group_chunks(ends: Sequence[int], limit: int) -> list[tuple[int, int]]:
         aim = start + math.ceil(left / math.ceil(left / limit))
         last = max(first + 1, bisect_right(ends, aim))
         if last < len(ends) and ends[last] - start <= limit and ends[last] + ends[last - 1] < 2 * aim:
-            last += 1  # its end is nearer
+            last += 1  # the end of the next group is closer to the aim
         chunks.append((first, last))
         first, start = last, ends[last - 1]
     return chunks
@@ -68,35 +68,44 @@ def row_ops(device: torch.device) -> ModuleType:
 
 
 def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Detached, contiguous, in the dtype of the GEMMs."""
+    """Both detached, contiguous and in the dtype of the GEMMs, which is that of hidden."""
     return hidden.detach().contiguous(), weight.detach().to(hidden.dtype).contiguous()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def logits_buffer(rows: int, weight: Tensor) -> Tensor:
-    """(rows, V) uninitialised; rows start on a 64-byte boundary whatever V is.
+    """(rows, V), uninitialised; every row starts on a 64-byte boundary, whatever V is.
 
-    GEMM libraries need that for their fast kernels, and pick another one, with another rounding,
-    where it is missing; here it makes the values independent of where a chunk's buffer begins.
+    GEMM libraries need the alignment for their fast kernels; without it they choose other kernels,
+    which round differently.
     """
     vocab, align = len(weight), ROW_ALIGNMENT // weight.element_size()
     return weight.new_empty(rows, math.ceil(vocab / align) * align)[:, :vocab]
 
 
+def chunk_logits(x: Tensor, w: Tensor, limit: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of at most `limit` rows with their logits x w^T, (R, V), all in the same buffer."""
+    parts = row_chunks(len(x), limit)
+    buffer = logits_buffer(parts[0].stop if parts else 0, w)
+    for part in parts:
+        yield part, torch.mm(x[part], w.t(), out=buffer[: part.stop - part.start])
+
+
 def new_stats(x: Tensor, n: int, extra: bool = False) -> Tensor:
-    """(3, n), or (5, n) with `extra`: what `logp` of the row softmax writes and `grad` reads."""
+    """(3, n), or (5, n) with `extra`: the row softmax's `logp` writes it and `grad` reads it."""
     return x.new_empty(5 if extra else 3, n, dtype=wide(x.dtype))
 
 
 class WeightGrad:
-    """The sum over chunks of G^T X, (V, D), in float32 while there is more than one chunk.
+    """The sum over chunks of G^T X, (V, D), in float32 if there is more than one chunk.
 
-    The first chunk writes it, so nothing is filled with zeros. On a GPU the GEMM itself adds in
-    float32. On the CPU no GEMM takes bf16 and gives float32: a chunk's part is rounded to the dtype
-    of G first, and goes through the cache a slab of V at a time.
+    The first chunk writes the sum, so nothing is filled with zeros. On a GPU the GEMM itself adds in
+    float32. No CPU library multiplies bf16 into float32: there the product of a chunk is rounded to the
+    dtype of G first, and is added one slab of V at a time so that it stays in cache.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -104,7 +113,7 @@ class WeightGrad:
         self.total: Tensor | None = None
 
     def add(self, g: Tensor, x: Tensor, last: bool) -> None:
-        """Adds G^T X of a chunk; `last` when no other follows."""
+        """Adds G^T X of a chunk; `last` if it is the last one."""
         out_dtype = wide(x.dtype)
         only = self.total is None and last and self.dtype == x.dtype
         if x.dtype == out_dtype or only:
@@ -123,14 +132,14 @@ class WeightGrad:
                 into.copy_(part) if first else into.add_(part)
 
     def result(self) -> Tensor:
-        """In the dtype of the parameter; zeros where there was no row."""
+        """The sum in the dtype of the parameter; zeros if there was no row."""
         if self.total is None:
             return torch.zeros_like(self.weight, dtype=self.dtype)
         return self.total.to(self.dtype)
 
 
 def check_operands(name: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """ValueError unless hidden (N, D), weight (V, D), targets (N,) in [0, V) go together."""
+    """Raises ValueError unless hidden is (N, D), weight (V, D) and targets (N,) in [0, V)."""
     sizes = [tuple(t.shape) for t in (hidden, weight, targets)]
     shapes = "hidden {}, weight {}, targets {}".format(*sizes)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -149,12 +158,3 @@ def check_operands(name: str, hidden: Tensor, weight: Tensor, targets: Tensor) -
                 f"{name}: targets range from {low} to {high}, allowed are 0 to {len(weight) - 1};"
                 " drop the rows without a target first"
             )
-
-
-def check_logits(name: str, softcap: float | None, logit_scale: float) -> row_softmax.Logits:
-    """ValueError unless both are positive."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{name}: softcap={softcap}: must be greater than 0, or None for no cap")
-    if not logit_scale > 0:
-        raise ValueError(f"{name}: logit_scale={logit_scale}: must be greater than 0")
-    return row_softmax.Logits(float(logit_scale), float(softcap or 0.0))

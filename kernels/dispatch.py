@@ -1,4 +1,4 @@
-"""Which implementation runs: the one place where torch or Triton is chosen.
+"""Chooses between PyTorch and Triton, for all operations.
 
 `SRIT_KERNELS` is `auto` (default), `torch` or `triton`:
 
@@ -6,7 +6,7 @@
   torch   the PyTorch twin everywhere
   triton  Triton everywhere; needs a CUDA tensor, or `TRITON_INTERPRET=1` for CPU tensors
 
-Nothing here imports Triton: the kernel files are imported by their operation at first use.
+Triton is not imported here: an operation imports its kernels at first use.
 """
 
 import importlib.util
@@ -18,10 +18,10 @@ CHOICES = ("auto", "torch", "triton")
 
 
 def use_triton(device: torch.device) -> bool:
-    """True when operations on `device` should run as Triton kernels.
+    """Whether operations on `device` run as Triton kernels.
 
-    Raises ValueError for an unknown SRIT_KERNELS and RuntimeError when Triton is asked for but
-    cannot run: a forced choice never falls back silently.
+    Raises ValueError for an unknown SRIT_KERNELS, and RuntimeError if Triton is chosen but cannot run:
+    there is no silent fallback.
     """
     choice = os.environ.get("SRIT_KERNELS", "auto")
     if choice not in CHOICES:

@@ -1,12 +1,13 @@
 """Losses of a linear head in one pass: gradients are made in the forward, chunk by chunk.
 
-A loss whose slope dL/dlogp of a row is known as soon as its chunk's log-probs are never needs the
-logits twice: logits, row softmax, slope, G in place, dX = G W, dW += G^T X, next chunk. 6 N D V FLOPs, 4
-with a frozen head, and the memory of one chunk, whatever N. For the negative log-likelihood the slope
-is a constant; for DPO it is known when both sides of a pair are, so chunks hold whole pairs.
+If the slope dL/dlogp of a row is known as soon as the log-probs of its chunk are, the logits are
+needed only once: logits, row softmax, slope, G in place, dX = G W, dW += G^T X, next chunk. This takes
+6 N D V FLOPs, or 4 with a frozen head, and the memory of one chunk for any N. The slope of the negative
+log-likelihood is a constant; that of DPO depends on both sequences of a pair, so a chunk holds whole
+pairs.
 
-The backward has nothing left to do but to multiply by the upstream gradient, and does not even do
-that where it is 1; give `scale` the factor that the loss is to have.
+The backward only multiplies by the upstream gradient, and skips even that if it is 1. So pass the
+factor of the loss as `scale`.
 """
 
 from typing import NamedTuple
@@ -17,23 +18,23 @@ from torch.autograd.function import once_differentiable
 
 from srit.kernels.chunks import (
     WeightGrad,
-    check_logits,
     check_operands,
     chunk_limit,
+    chunk_logits,
     group_chunks,
     logits_buffer,
     new_stats,
     operands,
-    row_chunks,
     row_ops,
 )
 from srit.kernels.linear_logp import TokenStats
-from srit.kernels.pair_head import check_loss, check_segments, pair_head, segment_sum
+from srit.kernels.pair_head import check_segments, pair_head, segment_sum
+from srit.kernels.preference_loss import check_loss
 from srit.kernels.row_softmax import CORRECT, ENTROPY, LOGP
 
 
 class PairStats(NamedTuple):
-    """Of B pairs, (B,) float32 each, not differentiable; rewards and sums as in `dpo_loss`."""
+    """Per pair, (B,) float32, not differentiable; losses and rewards as in `dpo_loss`."""
 
     losses: Tensor
     chosen_rewards: Tensor
@@ -48,36 +49,30 @@ def linear_nll(
     targets: Tensor,
     *,
     scale: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     return_stats: bool = False,
     chunk_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """-scale * sum_n log softmax(hidden @ weight^T)[n, targets_n], a float32 scalar.
 
-    Arguments as in `linear_logp`; scale is 1 / (trained tokens of the step) for their mean.
+    Arguments as in `linear_logp`; scale = 1 / (trained tokens of the step) gives their mean.
     Differentiable in hidden and weight, once per forward: the backward scales its results in place.
-    With return_stats also `TokenStats` of every row.
+    With return_stats also returns `TokenStats`.
     """
     check_operands("linear_nll", hidden, weight, targets)
-    logits = check_logits("linear_nll", softcap, logit_scale)
     x, w = operands(hidden, weight)
     targets = targets.contiguous()
     dx, dw = _gradients(hidden, weight, x, w)
-    parts = row_chunks(len(x), chunk_limit(x, len(w), chunk_bytes))
-    buffer = logits_buffer(parts[0].stop if parts else 0, w)
     stats, ops = new_stats(x, len(x), extra=return_stats), row_ops(x.device)
     coef = stats.new_full((len(x),), scale)
-    for part in parts:
-        z = torch.mm(x[part], w.t(), out=buffer[: part.stop - part.start])
+    for part, z in chunk_logits(x, w, chunk_limit(x, len(w), chunk_bytes)):
         if dx is None and dw is None:
-            ops.logp(z, targets[part], stats[:, part], logits)
+            ops.logp(z, targets[part], stats[:, part])
             continue
-        ops.logp_grad(z, targets[part], stats[:, part], coef[part], logits)
+        ops.logp_grad(z, targets[part], stats[:, part], coef[part])
         if dx is not None:
             torch.mm(z, w, out=dx[part])
         if dw is not None:
-            dw.add(z, x[part], last=part is parts[-1])
+            dw.add(z, x[part], last=part.stop == len(x))
     loss = _with_gradients(-scale * stats[LOGP].sum(), hidden, weight, dx, dw)
     if not return_stats:
         return loss
@@ -97,31 +92,30 @@ def linear_dpo(
     label_smoothing: float = 0.0,
     rpo_alpha: float = 0.0,
     scale: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, PairStats]:
     """Preference loss of B pairs from the hidden states of their completion tokens, in one pass.
 
     Args:
         hidden, weight, targets: as in `linear_logp`; row n predicts completion token targets_n.
-        cu_seqlens: (2B + 1,) int, on the CPU (elsewhere it is waited for): where the sequences
-            begin in hidden; sequence 2b is the chosen and 2b + 1 the rejected one of pair b.
+        cu_seqlens: (2B + 1,) int, boundaries of the sequences in hidden; sequence 2b is the chosen and
+            2b + 1 the rejected one of pair b. Keep it on the CPU: reading it elsewhere waits for the
+            device.
         ref_logps: (2B,) float32, the reference's log-probability of every sequence.
-        ref_hidden: (N, D), instead of ref_logps: the reference's hidden states, for a reference with
-            the same frozen head (LoRA); its rows go through the same GEMM.
+        ref_hidden: (N, D), instead of ref_logps: hidden states of a reference that has the same frozen
+            head (LoRA); they go through the same GEMM.
         beta, loss_type, label_smoothing, rpo_alpha: as in `pair_head`.
-        scale: factor of the returned loss, 1 / (pairs of the step) for their mean.
-        softcap, logit_scale, chunk_bytes: as in `linear_logp`; a chunk holds whole pairs, and a pair
-            that alone exceeds chunk_bytes is a chunk.
+        scale: factor of the returned loss; 1 / (pairs of the step) gives their mean.
+        chunk_bytes: as in `linear_logp`. A chunk holds whole pairs; a pair that exceeds chunk_bytes is
+            a chunk of its own.
 
-    Returns scale * sum of the losses, a float32 scalar, and `PairStats`. Differentiable in hidden and
-    weight, once per forward: the backward scales its results in place.
-    Raises ValueError for arguments that do not go together.
+    Returns scale * the sum of the losses, a float32 scalar, and `PairStats`. Differentiable in hidden
+    and weight, once per forward: the backward scales its results in place.
+    Raises ValueError for wrong shapes, dtypes, targets, boundaries or loss settings, unless exactly one
+    of ref_logps and ref_hidden is given, and for ref_hidden with a weight that requires a gradient.
     """
     check_operands("linear_dpo", hidden, weight, targets)
     check_loss(beta, loss_type, label_smoothing)
-    logits = check_logits("linear_dpo", softcap, logit_scale)
     offsets = cu_seqlens.tolist()
     _check_reference(ref_logps, ref_hidden, hidden, weight, offsets)
     check_segments(targets, cu_seqlens.cpu())
@@ -143,7 +137,7 @@ def linear_dpo(
             labels = labels.repeat(2)
         z, s = buffer[: len(rows)], stats[:, : len(rows)]
         torch.mm(rows, w.t(), out=z)
-        ops.logp(z, labels, s, logits)
+        ops.logp(z, labels, s)
         cu = cu_seqlens[2 * first : 2 * last + 1]
         if ref_logps is None:
             refs = segment_sum(s[LOGP, n:], cu)
@@ -153,7 +147,7 @@ def linear_dpo(
         heads.append(head[:-1])
         if dx is None and dw is None:
             continue
-        ops.grad(z[:n], labels[:n], s[:, :n], head.slopes.mul_(-scale), logits)
+        ops.grad(z[:n], labels[:n], s[:, :n], head.slopes.mul_(-scale))
         if dx is not None:
             torch.mm(z[:n], w, out=dx[part])
         if dw is not None:
@@ -165,7 +159,7 @@ def linear_dpo(
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A scalar whose gradients exist before the backward."""
+    """A scalar whose gradients are made before the backward."""
 
     @staticmethod
     def forward(ctx, value, hidden, weight, dx, dw):
@@ -177,7 +171,7 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx, grad):
         if getattr(ctx, "spent", False):
             raise RuntimeError(
-                "the gradients of linear_nll and linear_dpo are scaled in place and can be had once:"
+                "the gradients of linear_nll and linear_dpo are scaled in place and can be taken once:"
                 " run the forward again, or use linear_logp"
             )
         ctx.spent = True
@@ -191,7 +185,7 @@ class _KnownGradient(torch.autograd.Function):
 def _gradients(
     hidden: Tensor, weight: Tensor, x: Tensor, w: Tensor
 ) -> tuple[Tensor | None, WeightGrad | None]:
-    """Where dX and dW go; None for the one that is not wanted."""
+    """Where dX and dW go; None for one that is not needed."""
     enabled = torch.is_grad_enabled()
     dx = torch.empty_like(x) if enabled and hidden.requires_grad else None
     return dx, WeightGrad(w, weight.dtype) if enabled and weight.requires_grad else None
@@ -220,16 +214,16 @@ def _check_reference(
         )
     if ref_logps is not None and ref_logps.shape != (len(offsets) - 1,):
         raise ValueError(
-            f"linear_dpo needs ref_logps ({len(offsets) - 1},), one a sequence, got"
+            f"linear_dpo needs ref_logps ({len(offsets) - 1},), one per sequence, got"
             f" {tuple(ref_logps.shape)}"
         )
     if ref_hidden is not None and ref_hidden.shape != hidden.shape:
         raise ValueError(
-            f"linear_dpo needs ref_hidden as large as hidden {tuple(hidden.shape)}, got"
+            f"linear_dpo needs ref_hidden of the shape of hidden {tuple(hidden.shape)}, got"
             f" {tuple(ref_hidden.shape)}"
         )
     if ref_hidden is not None and torch.is_grad_enabled() and weight.requires_grad:
         raise ValueError(
-            "linear_dpo: ref_hidden goes with a frozen head, but weight requires a gradient: a"
-            " trained head is not the reference's; give ref_logps"
+            "linear_dpo: ref_hidden needs a frozen head, but weight requires a gradient: a trained head"
+            " is not the reference's; give ref_logps"
         )

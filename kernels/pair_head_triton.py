@@ -1,10 +1,10 @@
-"""`pair_head` and `segment_sum` in Triton; the formulas are those of `pair_head.py`.
+"""`pair_head` and `segment_sum` in Triton; formulas as in `pair_head.py` and `preference_loss.py`.
 
-One program a pair: sum both segments in a fixed order, loss, rewards, slope of both sums, and the
-slope of every token. Bytes: 8 a token.
+One program per pair: sums of both sequences in a fixed order, loss, rewards, and the slope of every
+token. Bytes: 8 per token.
 
-A segment's sum has the same order in both kernels (`sum_segment`), so a reference summed by
-`segment_sum` cancels exactly against a policy with equal log-probabilities.
+Both kernels add a segment in the same order (`sum_segment`), so a reference summed by `segment_sum`
+cancels exactly against a policy with equal log-probabilities.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srit.kernels.pair_head import LENGTH_AVERAGED, smoothing_slope
+from srit.kernels.preference_loss import LENGTH_AVERAGED, smoothing_slope
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -25,10 +25,10 @@ SHAPES = {"hinge": HINGE.value, "ipo": SQUARE.value}
 
 @triton.jit
 def sum_segment(logps_ptr, start, end, BLOCK: tl.constexpr):
-    """Sum and length of logps[start:end], added up in fp64; NaN when empty."""
+    """Sum and length of logps[start:end], added in float64; NaN if empty."""
     total = tl.zeros([BLOCK], tl.float64)
     offset = start
-    # `while`: the interpreter of Triton 3.6 cannot take run-time bounds in `range` under numpy 2.4.
+    # `while`: the interpreter of Triton 3.6 rejects run-time bounds of `range` under numpy 2.4.
     while offset < end:
         cols = offset + tl.arange(0, BLOCK)
         total += tl.load(logps_ptr + cols, mask=cols < end, other=0.0)
@@ -66,7 +66,7 @@ def head_kernel(
     sums_ptr,
     slopes_ptr,  # (N,)
     beta,
-    tilt,
+    smoothing_slope,  # of the logistic losses
     rpo_alpha,
     SHAPE: tl.constexpr,
     AVERAGE: tl.constexpr,
@@ -105,11 +105,11 @@ def head_kernel(
     else:
         x = beta * margin
         e = tl.exp(-tl.abs(x))
-        # log(1 + e) keeping its digits where 1 + e rounds: libdevice's log1p is not interpretable.
+        # log(1 + e), exact where 1 + e rounds. The interpreter cannot run libdevice's log1p.
         u = 1.0 + e
         log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-        loss = tilt * x + (tl.where(x < 0.0, -x, 0.0) + log1p)
-        slope = beta * (tilt - tl.where(x < 0.0, 1.0, e) / u)
+        loss = smoothing_slope * x + (tl.where(x < 0.0, -x, 0.0) + log1p)
+        slope = beta * (smoothing_slope - tl.where(x < 0.0, 1.0, e) / u)
     loss -= rpo_alpha * (chosen_sum / chosen_length)
     tl.store(losses_ptr + pair, loss)
     chosen_slope = slope * chosen_weight - rpo_alpha / chosen_length

@@ -1,95 +1,67 @@
-"""Row softmax in PyTorch: what happens to a chunk of logits between the GEMMs.
+"""Row softmax in PyTorch: what happens to a chunk of logits z (n, V) between the GEMMs.
 
-    z = cap tanh(scale raw / cap)      raw: the GEMM's output; see `Logits`
     top = max_v z_v      inv = 1 / sum_v exp(z_v - top)      logp = (z_t - top) + log inv
     entropy = -log inv - sum_v p_v (z_v - top)               p_v = exp(z_v - top) inv
-    G_v = coef * (p_v - [v = t]) * dz_v / draw_v
+    G_v = coef (p_v - [v = t])
 
-A few rows at a time go through float32 scratch memory that stays in cache between the steps, so
-low-precision logits never exist whole in float32. Both terms of logp are <= 0, so it is.
+A few rows at a time are copied to a float32 scratch buffer that stays in cache, so low-precision logits
+never exist in float32 as a whole. Both terms of logp are <= 0, so logp is too.
 
-The exponentials are all left to `torch.softmax`: exp_ on a tensor is several times slower and falls
-off a cliff where its result is a denormal number.
+All exponentials come from `torch.softmax`: `Tensor.exp_` is several times slower, and much slower still
+where the result is denormal.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# float32 working set: within a CPU's caches; on a GPU a few launches a chunk.
+# float32 scratch: fits the caches of a CPU; on a GPU it means a few launches per chunk.
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
-# Rows of `stats`, (3, n) or (5, n). `CORRECT` is 1 where no logit exceeds the target's.
+# Rows of `stats`, (3, n) or (5, n). CORRECT is 1 where no logit exceeds the target's.
 LOGP, TOP, INV, ENTROPY, CORRECT = range(5)
 
 
-class Logits(NamedTuple):
-    """How the head's outputs become logits: cap * tanh(scale * raw / cap); no cap when 0."""
-
-    scale: float = 1.0
-    softcap: float = 0.0
-
-
-def logp(raw: Tensor, targets: Tensor, stats: Tensor, logits: Logits) -> None:
-    """Fills stats, (3, n) or (5, n) float32, for every row of raw (n, V), which stays."""
-    for part, z in _blocks(raw, stats.dtype):
-        _apply(logits, z)
+def logp(logits: Tensor, targets: Tensor, stats: Tensor) -> None:
+    """Fills stats, (3, n) or (5, n) float32, for every row of logits (n, V), which stay as they are."""
+    for part, z in _blocks(logits, stats.dtype):
         _softmax(z, targets[part], stats[:, part])
 
 
-def grad(raw: Tensor, targets: Tensor, stats: Tensor, coef: Tensor | None, logits: Logits) -> None:
-    """Turns raw (n, V) into G in place; coef (n,) float32, 1 when None.
+def grad(logits: Tensor, targets: Tensor, stats: Tensor, coef: Tensor | None) -> None:
+    """Turns logits (n, V) into G in place; coef (n,) float32, None for 1.
 
-    G is rounded to the dtype of raw once, target element included: p - 1 in bf16 would lose every
-    digit of a confident prediction.
+    G is rounded to the dtype of the logits once, target element included: p - 1 in bf16 would lose all
+    digits of a confident prediction.
     """
-    for part, z in _blocks(raw, stats.dtype):
-        slope = _apply(logits, z, slope=True)
+    for part, z in _blocks(logits, stats.dtype):
         torch.softmax(z, 1, out=z)
-        raw[part] = _gradient(z, targets[part], None if coef is None else coef[part], slope)
+        logits[part] = _gradient(z, targets[part], None if coef is None else coef[part])
 
 
-def logp_grad(
-    raw: Tensor, targets: Tensor, stats: Tensor, coef: Tensor | None, logits: Logits
-) -> None:
-    """`logp`, then `grad`, in one go: for coefficients known beforehand."""
-    for part, z in _blocks(raw, stats.dtype):
-        slope = _apply(logits, z, slope=True)
+def logp_grad(logits: Tensor, targets: Tensor, stats: Tensor, coef: Tensor | None) -> None:
+    """`logp` and `grad` in one pass, for coefficients that are known beforehand."""
+    for part, z in _blocks(logits, stats.dtype):
         _softmax(z, targets[part], stats[:, part])
-        raw[part] = _gradient(z, targets[part], None if coef is None else coef[part], slope)
+        logits[part] = _gradient(z, targets[part], None if coef is None else coef[part])
 
 
 def multiply_(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor (0-d) without touching memory where factor is 1."""
+    """tensor *= factor (0-d); memory is not touched if factor is 1."""
     if factor != 1:
         tensor.mul_(factor)
 
 
-def _blocks(raw: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows with a contiguous copy of them in `dtype`, in the same scratch memory."""
-    n, vocab = raw.shape
-    size = BLOCK_BYTES.get(raw.device.type, BLOCK_BYTES["cuda"])
+def _blocks(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, each with its logits copied to the same contiguous scratch buffer in `dtype`."""
+    n, vocab = logits.shape
+    size = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["cuda"])
     rows = max(1, min(n, size // (vocab * dtype.itemsize)))
-    scratch = raw.new_empty(rows, vocab, dtype=dtype)
+    scratch = logits.new_empty(rows, vocab, dtype=dtype)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        yield part, scratch[: part.stop - start].copy_(raw[part])
-
-
-def _apply(logits: Logits, z: Tensor, slope: bool = False) -> Tensor | float | None:
-    """Turns head outputs into logits in place; returns dz/draw when asked, None for 1."""
-    scale, cap = logits
-    if scale == 1 and not cap:
-        return None
-    if not cap:
-        z.mul_(scale)
-        return scale
-    z.mul_(scale / cap).tanh_()
-    derivative = z.square().neg_().add_(1).mul_(scale) if slope else None
-    z.mul_(cap)
-    return derivative
+        yield part, scratch[: part.stop - start].copy_(logits[part])
 
 
 def _softmax(z: Tensor, targets: Tensor, stats: Tensor) -> None:
@@ -106,11 +78,7 @@ def _softmax(z: Tensor, targets: Tensor, stats: Tensor) -> None:
         stats[CORRECT] = gap == 0
 
 
-def _gradient(
-    p: Tensor, targets: Tensor, coef: Tensor | None, slope: Tensor | float | None
-) -> Tensor:
+def _gradient(p: Tensor, targets: Tensor, coef: Tensor | None) -> Tensor:
     """Turns probabilities into G in place."""
     p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1))
-    if coef is not None:
-        p.mul_(coef[:, None])
-    return p if slope is None else p.mul_(slope)
+    return p if coef is None else p.mul_(coef[:, None])

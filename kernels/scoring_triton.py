@@ -1,16 +1,15 @@
 """Path B of `linear_logp`, forward only: a GEMM whose logits never leave the chip.
 
-`partials_kernel`: a program takes a block of rows and one of S slices of the vocabulary, walks the
-slice in tiles of logits made by tensor cores, and keeps the running maximum and sum of each row, in
-powers of 2. `merge_kernel`: a program takes a row, makes the target's logit, and merges the S partial
-results in a fixed order.
+`partials_kernel`: a program takes a block of rows and one of S slices of the vocabulary, computes the
+slice's logits tile by tile on tensor cores, and keeps the running maximum and sum of every row, in
+powers of 2. `merge_kernel`: a program takes a row, computes the target's logit, and merges the S
+partial results in a fixed order.
 
-The logits are float32 from accumulator to exponential, never rounded to 16 bits. S depends on V alone
-and rows never mix, so a row's value is the same to the last bit whatever shares its batch. Neither the
-target nor the vocabulary's ragged end costs the main loop a comparison: the target has its own dot
-product, the last tile its own code.
+The logits stay float32 and are never rounded to 16 bits. S is a constant and rows never mix, so the
+bits of a row do not depend on its batch. The main loop compares with neither the target nor the end of
+the vocabulary: the target has its own dot product, and the last tile its own code.
 
-Bytes: x is read once a slice, W once a group of row blocks, 8 S N for the partial results; no N V.
+Bytes: x is read once per slice, W once per group of row blocks, 8 S N for the partial results; no N V.
 """
 
 import torch
@@ -19,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from srit.kernels.row_softmax import Logits
-from srit.kernels.row_softmax_triton import LN2, LOG2E, tanh
+from srit.kernels.row_softmax_triton import LN2, LOG2E
 
 SLICES = 16
 GROUP_M = 8
@@ -29,15 +27,14 @@ DOT_BLOCK = 1024
 
 @triton.jit
 def logits_tile(
-    x, w, row, col, n, VOCAB: tl.constexpr, D: tl.constexpr, LOG_SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
+    x, w, row, col, n, VOCAB: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) logits from (row, col) on, times log2 e. Rows and columns past the end hold
-    anything finite."""
+    """(BLOCK_M, BLOCK_N) logits from (row, col) on, times log2 e. Rows and columns beyond the end hold
+    arbitrary finite numbers."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     ks = tl.arange(0, BLOCK_K)
-    # Without descriptors: clamped, so that the inner loop needs no mask on rows and columns.
+    # For pointers: clamped, so that the inner loop needs no mask on rows and columns.
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), n - 1).to(tl.int64)
     cols = tl.minimum(col + tl.arange(0, BLOCK_N), VOCAB - 1).to(tl.int64)
     for k in range(0, D, BLOCK_K):
@@ -55,9 +52,7 @@ def logits_tile(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         acc = tl.dot(a, b.T, acc, input_precision="ieee")
-    if SOFTCAP != 0.0:
-        return tanh(acc * (LOG_SCALE / LOG2E / SOFTCAP)) * (SOFTCAP * LOG2E)
-    return acc * LOG_SCALE
+    return acc * LOG2E
 
 
 @triton.jit
@@ -77,8 +72,6 @@ def partials_kernel(
     n,
     VOCAB: tl.constexpr,
     D: tl.constexpr,
-    LOG_SCALE: tl.constexpr,  # logit_scale * log2 e
-    SOFTCAP: tl.constexpr,
     SLICES: tl.constexpr,
     TMA: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -87,7 +80,7 @@ def partials_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Row blocks run fastest within a group, so that the programs of a moment share a panel of W.
+    # Row blocks run fastest within a group, so that programs running together share a panel of W.
     blocks = tl.cdiv(n, BLOCK_M)
     group = tl.program_id(0) // (GROUP_M * SLICES)
     size = tl.minimum(blocks - group * GROUP_M, GROUP_M)
@@ -104,13 +97,12 @@ def partials_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     col = start
     while col < end:
-        z = logits_tile(x, w, row, col, n, VOCAB, D, LOG_SCALE, SOFTCAP, TMA, WIDEN,
-                        BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        z = logits_tile(x, w, row, col, n, VOCAB, D, TMA, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K)
         top, total = add_tile(z, top, total)
         col += BLOCK_N
     if VOCAB % BLOCK_N != 0:
         if slice_ == SLICES - 1:
-            z = logits_tile(x, w, row, TILES * BLOCK_N, n, VOCAB, D, LOG_SCALE, SOFTCAP, TMA, WIDEN,
+            z = logits_tile(x, w, row, TILES * BLOCK_N, n, VOCAB, D, TMA, WIDEN,
                             BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
             inside = TILES * BLOCK_N + tl.arange(0, BLOCK_N) < VOCAB
             top, total = add_tile(tl.where(inside[None, :], z, -float("inf")), top, total)
@@ -131,8 +123,6 @@ def merge_kernel(
     n,
     VOCAB: tl.constexpr,
     D: tl.constexpr,
-    LOG_SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -145,24 +135,20 @@ def merge_kernel(
         a = tl.load(x_ptr + row * D + ks, mask=ks < D, other=0.0).to(tl.float32)
         b = tl.load(w_ptr + target * D + ks, mask=(ks < D) & inside, other=0.0).to(tl.float32)
         dot += a * b
-    z = tl.sum(dot, 0)
-    if SOFTCAP != 0.0:
-        z = tanh(z * (LOG_SCALE / LOG2E / SOFTCAP)) * (SOFTCAP * LOG2E)
-    else:
-        z = z * LOG_SCALE
+    z = tl.sum(dot, 0) * LOG2E
     slices = tl.arange(0, SLICES)
     tops = tl.load(tops_ptr + slices * n + row)
     top = tl.max(tops, 0)
     total = tl.sum(tl.load(totals_ptr + slices * n + row) * tl.exp2(tops - top), 0)
     logp = ((z - top) - tl.log2(total)) * LN2
-    # The target's logit was summed in another order than in its tile: a rounding may exceed the sum.
+    # The target's logit was summed in another order than in its tile, so rounding may exceed the total.
     logp = tl.where(logp > 0.0, 0.0, logp)
     tl.store(logp_ptr + row, tl.where(inside, logp, float("nan")))
 
 
 def launch_options(capability: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile, warps and stages; compiled without a spill (tests/test_aot.py) for sm_80 and sm_90."""
-    if dtype == torch.float32:  # no tensor cores: exact float32 products
+    """Tile, warps and stages: no spill on sm_80 and sm_90 (tests/kernels/aot.py)."""
+    if dtype == torch.float32:  # exact products, without tensor cores
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if capability >= 90:
         return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -175,10 +161,10 @@ def uses_descriptors(x: Tensor, w: Tensor, capability: int) -> bool:
     return capability >= 90 and aligned and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
 
 
-def score(x: Tensor, w: Tensor, targets: Tensor, logits: Logits, **options: int) -> Tensor:
+def score(x: Tensor, w: Tensor, targets: Tensor, **options: int) -> Tensor:
     """log p(target) of every row, (n,) float32; x (n, D) and w (V, D) contiguous, of one dtype.
 
-    `options` replaces some of `launch_options`, for tuning. A target outside [0, V) gives NaN.
+    `options` override `launch_options`, for tuning. A target outside [0, V) gives NaN.
     """
     (n, d), vocab = x.shape, len(w)
     logp = torch.empty(n, dtype=torch.float32, device=x.device)
@@ -196,10 +182,9 @@ def score(x: Tensor, w: Tensor, targets: Tensor, logits: Logits, **options: int)
         b = TensorDescriptor.from_tensor(w, [options["BLOCK_N"], options["BLOCK_K"]])
     partial = torch.empty(2, SLICES, n, dtype=torch.float32, device=x.device)
     widen = not x.is_cuda and x.dtype == torch.bfloat16
-    numbers = vocab, d, logits.scale * LOG2E.value, logits.softcap
     grid = (triton.cdiv(n, options["BLOCK_M"]) * SLICES,)
     partials_kernel[grid](
-        a, b, *partial, n, *numbers, SLICES, tma, widen, GROUP_M, **options,
+        a, b, *partial, n, vocab, d, SLICES, tma, widen, GROUP_M, **options,
     )
-    merge_kernel[(n,)](x, w, targets, *partial, logp, n, *numbers, SLICES, DOT_BLOCK, num_warps=4)
+    merge_kernel[(n,)](x, w, targets, *partial, logp, n, vocab, d, SLICES, DOT_BLOCK, num_warps=4)
     return logp

@@ -1,4 +1,4 @@
-"""One decoder, its cache, LoRA, and checkpoints in and out."""
+"""The decoder, its KV cache, LoRA, and checkpoints in and out."""
 
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig

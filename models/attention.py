@@ -1,9 +1,8 @@
-"""Causal attention in the three layouts of the decoder: batch, packed stream, cache.
+"""Causal attention in the decoder's three layouts: padded batch, packed stream, cache.
 
 Legend: B batch, T queries, S keys, H heads, K key/value heads, hd head dimension.
 """
 
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,121 +11,121 @@ from torch import Tensor
 
 from srit.models import varlen
 from srit.models.cache import STRIDE, KVCache
-from srit.models.paged_cache import PagedCache, Step
+from srit.models.paged_cache import PagedCache
+from srit.models.recompute import recomputable
 
 
-@dataclass
-class Layout:
-    """Who sees whom, worked out once a forward pass and shared by all layers."""
+class AttentionMetadata:
+    """Positions, and which keys each query sees; computed once per forward pass for all layers.
 
-    positions: Tensor  # (B, T)
-    cu_seqlens: Tensor | None
-    attention_mask: Tensor | None
-    cache: KVCache | PagedCache | None
-    rows: Tensor | slice | None
-    prefixes: Tensor | None = None
-    end: int = 0  # keys of the cache that any row may see
-    lengths: list[int] = field(default_factory=list)  # of the packed segments
-    parents: list[int] = field(default_factory=list)  # the segment that each one continues, or -1
-    masks: dict = field(default_factory=dict)
-    step: Step | None = None  # of a paged cache
+    Args: those of `Decoder.hidden`.
+    """
 
-    def __post_init__(self) -> None:
-        if isinstance(self.cache, PagedCache):
-            self.step = self.cache.begin(len(self.positions))
-        elif self.cache is not None:
-            self.end = (int(self.positions.max()) // STRIDE + 1) * STRIDE
-        elif self.cu_seqlens is not None:
-            self.lengths = self.cu_seqlens.diff().tolist()
-            none = self.prefixes is None
-            self.parents = [-1] * len(self.lengths) if none else self.prefixes.tolist()
+    def __init__(self, input_ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None,
+                 attention_mask: Tensor | None, cache: KVCache | PagedCache | None,
+                 parents: Tensor | None) -> None:
+        if positions is None:
+            positions = _default_positions(input_ids, cu_seqlens, attention_mask, cache)
+        self.positions = positions  # (B, T)
+        self.cache, self.packed = cache, cu_seqlens is not None
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        self.attention_mask = attention_mask if padded else None
+        self._masks: dict[tuple, Tensor | None] = {}
+        if isinstance(cache, PagedCache):
+            self.step = cache.begin(len(input_ids))
+        elif cache is not None:
+            self.num_keys = (int(positions.max()) // STRIDE + 1) * STRIDE  # read from each slot
+        elif self.packed:
+            self.lengths = cu_seqlens.diff().tolist()  # of the segments
+            # The segment that each one continues, or -1.
+            self.parents = [-1] * len(self.lengths) if parents is None else parents.tolist()
 
     @cached_property
     def stream(self) -> varlen.Stream:
         return varlen.make_stream(self.lengths, self.parents, self.positions.device)
 
-    def mask(self, window: int | None, T: int) -> Tensor | None:
-        """Boolean mask, True = sees; None when plain causal attention says it all."""
-        if window not in self.masks:
-            self.masks[window] = self._mask(window, T)
-        return self.masks[window]
+    def mask(self, window: int | None, T: int, before: int = 0) -> Tensor | None:
+        """Boolean mask, True where a query sees a key; None for plain causal attention.
 
-    def _mask(self, window: int | None, T: int) -> Tensor | None:
+        `before`: keys of a continued segment, ahead of the T keys of the queries themselves.
+        """
+        key = window, T, before
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(*key)
+        return self._masks[key]
+
+    def _make_mask(self, window: int | None, T: int, before: int) -> Tensor | None:
         device = self.positions.device
         if self.cache is not None:
-            query, key = self.positions[:, :, None], torch.arange(self.end, device=device)
+            query, key = self.positions[:, :, None], torch.arange(self.num_keys, device=device)
             seen = key <= query  # (B, T, S)
             if window is not None:
                 seen = seen & (key > query - window)
             return seen[:, None]
-        padded = self.attention_mask is not None and not bool(self.attention_mask.all())
-        if not padded and (window is None or T <= window):
+        if self.attention_mask is None and not before and (window is None or T <= window):
             return None
-        seen = _band(T, window, device)
-        if padded:
-            # A padding query sees itself: a row without any key would be NaN.
-            real = self.attention_mask.bool()[:, None, :]
-            seen = (seen & real) | torch.eye(T, dtype=torch.bool, device=device)
-            return seen[:, None]
-        return seen[None, None]
+        seen = torch.ones(T, before + T, dtype=torch.bool, device=device).tril(before)
+        if window is not None:
+            seen = seen.triu(before + 1 - window)
+        if self.attention_mask is None:
+            return seen
+        real = self.attention_mask.bool()[:, None, :]
+        # A padding query sees itself: a row without any key would be NaN.
+        seen = (seen & real) | torch.eye(T, dtype=torch.bool, device=device)
+        return seen[:, None]
 
 
-    def segment_mask(self, window: int | None, before: int, T: int) -> Tensor | None:
-        """(T, before + T) for queries that continue `before` keys; None for plain causal ones."""
-        if not before and (window is None or T <= window):
-            return None
-        key = window, before, T
-        if key not in self.masks:
-            self.masks[key] = _band(T, window, self.positions.device, before)
-        return self.masks[key]
+def _default_positions(input_ids: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None,
+                       cache: KVCache | PagedCache | None) -> Tensor:
+    (B, T), device = input_ids.shape, input_ids.device
+    if cache is not None:
+        return cache.positions(B, T)
+    if cu_seqlens is not None:
+        starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+        return (torch.arange(T, device=device) - starts.to(device))[None]
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.arange(T, device=device)[None]
 
 
-def _band(T: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
-    """(T, before + T): a query sees the keys up to itself, the last `window` of them."""
-    seen = torch.ones(T, before + T, dtype=torch.bool, device=device).tril(before)
-    return seen if window is None else seen.triu(before + 1 - window)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
-           scale: float) -> list[Tensor]:
-    """q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd), in parts along T."""
-    if layout.step is not None:
-        out = layout.cache.attend(q[:, 0], k[:, 0], v[:, 0], layout.step, layer, window, scale)
-        return [out[:, None]]
-    packed = layout.cu_seqlens is not None
-    if packed and varlen.usable(q.device, q.dtype, q.shape[-1], window):
-        return [varlen.attend(q[0], k[0], v[0], layout.stream, window, scale)[None]]
+def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, layer: int,
+           window: int | None, scale: float) -> Tensor:
+    """q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd)."""
+    cache = metadata.cache
+    if isinstance(cache, PagedCache):
+        out = cache.attend(q[:, 0], k[:, 0], v[:, 0], metadata.step, layer, window, scale)
+        return out[:, None]
+    if metadata.packed and varlen.usable(q.device, q.dtype, q.shape[-1], window):
+        return varlen.attend(q[0], k[0], v[0], metadata.stream, window, scale)[None]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, hd)
-    if layout.cache is not None:
-        parts = [_cached(q, k, v, layout, layer, window, scale)]
-    elif packed:
-        parts = _packed(q, k, v, layout, window, scale)
-    else:
-        mask = layout.mask(window, q.shape[2])
-        parts = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                                scale=scale, enable_gqa=True)]
-    return [part.transpose(1, 2) for part in parts]
+    if metadata.packed:
+        return _packed(q, k, v, metadata, window, scale)
+    if cache is not None:
+        k, v = cache.update(layer, k, v, metadata.positions, metadata.num_keys)
+    return _sdpa(q, k, v, metadata.mask(window, q.shape[2]), scale)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None,
-            scale: float) -> list[Tensor]:
-    """Segment by segment: exact, no (N, N) mask, no work on pairs of different sequences.
+def _packed(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, window: int | None,
+            scale: float) -> Tensor:
+    """Segment by segment: exact, and without an (N, N) mask or work across segments.
 
-    A segment that continues another one sees all of it before itself.
+    A segment that continues another one also sees all of that one.
     """
     parts = []
-    queries, keys, values = (x.split(layout.lengths, 2) for x in (q, k, v))
-    for a, b, c, parent in zip(queries, keys, values, layout.parents, strict=True):
+    queries, keys, values = (x.split(metadata.lengths, 2) for x in (q, k, v))
+    for a, b, c, parent in zip(queries, keys, values, metadata.parents, strict=True):
         if parent >= 0:
             b, c = torch.cat([keys[parent], b], 2), torch.cat([values[parent], c], 2)
-        mask = layout.segment_mask(window, b.shape[2] - a.shape[2], a.shape[2])
-        parts.append(F.scaled_dot_product_attention(
-            a, b, c, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True))
-    return parts
+        mask = metadata.mask(window, a.shape[2], b.shape[2] - a.shape[2])
+        parts.append(_sdpa(a, b, c, mask, scale))
+    return parts[0] if len(parts) == 1 else recomputable(_join(*parts), _join, *parts)
 
 
-def _cached(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int, window: int | None,
-            scale: float) -> Tensor:
-    keys, values = layout.cache.update(layer, k, v, layout.rows, layout.positions, layout.end)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=layout.mask(window, q.shape[2]),
-                                          scale=scale, enable_gqa=True)
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q (B, H, T, hd), k and v (B, K, S, hd) -> (B, T, H, hd)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+                                          enable_gqa=True).transpose(1, 2)

@@ -1,54 +1,62 @@
-"""Keys and values of what was read and written so far, in preallocated slots."""
+"""Key/value cache in preallocated slots, one sequence per slot."""
 
 import torch
 from torch import Tensor
 
 from srit.models.config import ModelConfig
 
-# Attention reads whole strides of keys: then a row's sums keep their order, to the last bit, however
-# long the rows beside it are.
+# Attention reads keys up to a multiple of this. A row's sums then keep their order, to the last bit,
+# whatever the lengths of the other rows.
 STRIDE = 32
 
 
 class KVCache:
-    """One slot a row: the token at position p of row b lies at [b, :, p]. No left padding exists.
+    """The token at position p of slot b is stored at [b, :, p]; there is no left padding.
 
     Args:
-        batch: slots. max_length: positions a slot holds, rounded up to a multiple of `STRIDE`.
-    Memory: 2 L B K S hd elements.
-    `lengths` (B,) int64 counts the tokens of every slot; a slot is freed by setting it to 0.
-    What lies beyond a row's length is never seen, so a new row needs no clearing.
+        slots: sequences it holds. max_length: positions per slot, rounded up to a multiple of `STRIDE`.
+    Memory: 2 L B S K hd elements.
+    `lengths` (slots,) int64 counts the tokens of every slot. What lies beyond is never seen, so a
+    slot is reused without clearing it.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, max_length: int,
+    def __init__(self, config: ModelConfig, slots: int, max_length: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         max_length = -(-max_length // STRIDE) * STRIDE
-        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (slots, config.num_key_value_heads, max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.max_length = max_length
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Copy positions start..end-1 of one slot to another."""
+    def positions(self, B: int, T: int) -> Tensor:
+        """(B, T) positions of the next T tokens of the first B slots."""
+        return self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
+
+    def advance(self, B: int, T: int) -> None:
+        """The first B slots have T more tokens."""
+        self.lengths[:B] += T
+
+    def set_length(self, length: int) -> None:
+        """Every slot has `length` tokens, those already stored there."""
+        self.lengths.fill_(length)
+
+    def fork(self, slots: int, length: int) -> None:
+        """Copy the first `length` tokens of slot 0 to slots 1..slots-1; all of these have `length`."""
         for tensor in (*self.keys, *self.values):
-            tensor[target, :, start:end] = tensor[source, :, start:end]
+            tensor[1:slots, :, :length] = tensor[:1, :, :length]
+        self.lengths[:slots] = length
 
-    def update(self, layer: int, k: Tensor, v: Tensor, rows: Tensor | slice, positions: Tensor,
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor,
                end: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (b, K, T, hd) at `positions` (b, T) of `rows`; keys and values up to `end`.
+        """Write k and v (B, K, T, hd) at `positions` (B, T) of the first B slots.
 
-        Rows given as a slice are read in place; an index tensor makes a copy.
+        Returns views of their keys and values up to `end`, (B, K, end, hd).
         """
-        keys, values = self.keys[layer], self.values[layer]
-        if isinstance(rows, slice):
-            keys, values = keys[rows], values[rows]
-            rows = slice(None)
-            index = torch.arange(len(k), device=k.device)
-        else:
-            index = rows
-        # An index, a slice, an index: the indexed dimensions come first, (b, T, K, hd).
-        keys[index[:, None], :, positions] = k.transpose(1, 2)
-        values[index[:, None], :, positions] = v.transpose(1, 2)
-        return keys[rows, :, :end], values[rows, :, :end]
+        B = len(k)
+        keys, values = self.keys[layer][:B], self.values[layer][:B]
+        slots = torch.arange(B, device=k.device)[:, None]
+        # Index, slice, index: the indexed dimensions come first, (B, T, K, hd).
+        keys[slots, :, positions] = k.transpose(1, 2)
+        values[slots, :, positions] = v.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]

@@ -20,7 +20,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one layer type: base frequency and how it is stretched."""
+    """Rotary embedding of one layer type: base frequency and scaling."""
 
     theta: float
     rope_type: str = "default"
@@ -32,7 +32,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know; `raw` keeps every key of the config.json it came from."""
+    """The decoder's hyper-parameters; `raw` keeps every key of the config.json they came from."""
 
     model_type: str
     vocab_size: int
@@ -51,13 +51,13 @@ class ModelConfig:
     mlp_bias: bool
     attention_scale: float
     rope: Rope
-    local_rope: Rope  # of layers with a sliding window; the same as `rope` but in Gemma 3
-    windows: tuple[int | None, ...]  # a layer's sliding window in tokens, None: all tokens
+    local_rope: Rope  # of layers with a sliding window; differs from `rope` in Gemma 3 only
+    windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None: full attention
     raw: dict = field(repr=False, compare=False, default_factory=dict)
 
     @property
     def is_gemma(self) -> bool:
-        """(1 + w) norms in fp32, four norms a layer, embeddings scaled by sqrt(D)."""
+        """(1 + w) norms in float32, four norms per layer, embeddings scaled by sqrt(D)."""
         return self.model_type == "gemma3_text"
 
     @property
@@ -66,7 +66,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Read the keys of a Hugging Face config. Raises InputError for what is not supported."""
+        """Read a Hugging Face config. Raises InputError for bad values and unsupported features."""
         if raw.get("model_type") == "gemma3" and isinstance(raw.get("text_config"), dict):
             raw = {**raw["text_config"], "model_type": "gemma3_text"}
         kind = raw.get("model_type")
@@ -81,7 +81,7 @@ class ModelConfig:
         if head_dim % 2:
             raise InputError(f"{source}: head_dim {head_dim} must be even, for rotary embeddings")
         if heads % kv_heads:
-            raise InputError(f"{source}: num_attention_heads {heads} is no multiple of "
+            raise InputError(f"{source}: num_attention_heads {heads} is not a multiple of "
                              f"num_key_value_heads {kv_heads}")
         activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -116,13 +116,13 @@ class ModelConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The Hugging Face config.json: every key that was read, and the architecture's name."""
+        """The Hugging Face config.json: every key of `raw`, and the architecture's name."""
         return {**self.raw, "model_type": self.model_type,
                 "architectures": [ARCHITECTURES[self.model_type]]}
 
 
 class _Keys:
-    """The values of a config, checked as they are read; a missing one, or null, is the default."""
+    """Checks the values of a config as they are read; a missing key or null gives the default."""
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
@@ -150,7 +150,7 @@ class _Keys:
 
 
 def _ropes(keys: _Keys, gemma: bool) -> tuple[Rope, Rope]:
-    """Old layout: rope_theta and rope_scaling; new: rope_parameters, in Gemma 3 one per layer type."""
+    """Old layout: rope_theta and rope_scaling. New: rope_parameters, in Gemma 3 per layer type."""
     parameters = keys.section("rope_parameters")
     if "full_attention" in parameters.raw or "sliding_attention" in parameters.raw:
         return (_rope(parameters.section("full_attention"), 1e6),
@@ -182,7 +182,7 @@ def _windows(keys: _Keys, kind: str) -> tuple[int | None, ...]:
         types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention"
                  for i in range(layers)]
     elif types is None and kind in ("qwen2", "qwen3"):
-        # 0 is a value here: no layer has full attention
+        # 0 is valid: no layer has full attention.
         full = layers if raw.get("max_window_layers") is None else raw["max_window_layers"]
         if not isinstance(full, int):
             raise InputError(f"{keys.source}: max_window_layers must be an integer, got {full!r:.80}")

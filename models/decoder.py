@@ -1,15 +1,15 @@
 """One decoder for Llama, Mistral, Qwen2, Qwen3, SmolLM2 and Gemma 3.
 
-Parameters carry their Hugging Face names, so a checkpoint loads without a translation table.
+Parameters have their Hugging Face names, so a checkpoint loads without a translation table.
 Parameters may be float32 while activations are bfloat16: a weight is cast where it is used, and its
-gradient comes back, and is summed, in float32.
+gradient is accumulated in float32.
 
-Legend: B batch, T tokens, N packed tokens, S keys, D model, H heads, K key/value heads, hd head
-dimension, V vocabulary.
+Legend: B batch, T tokens, D model, H heads, K key/value heads, hd head dimension, V vocabulary.
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -17,20 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from srit.models.attention import Layout, attend
+from srit.models.attention import AttentionMetadata, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
 from srit.models.onednn import PackedBlock, PackedLinear
-from srit.models.ops import gated, remade, rms_norm, rotate
+from srit.models.ops import glu, rms_norm, rotate
 from srit.models.paged_cache import PagedCache
-
-# What a block keeps for its backward: all that autograd asks for (or, without gradients, nothing); not
-# what is cheap to make again from what is kept; nor anything of its MLP, which then runs twice.
-Keep = Literal["all", "costly", "attention"]
+from srit.models.recompute import recompute_in_backward
 
 
 class Linear(nn.Linear):
-    """A linear layer in the dtype of its input."""
+    """A linear layer that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -55,17 +52,16 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.window, self.scale = config.windows[layer], config.attention_scale
         D, hd = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.heads = heads, kv_heads, kv_heads  # of queries, keys and values
-        self.q_proj = Linear(D, heads * hd, bias=config.qkv_bias)
-        self.k_proj = Linear(D, kv_heads * hd, bias=config.qkv_bias)
-        self.v_proj = Linear(D, kv_heads * hd, bias=config.qkv_bias)
-        self.o_proj = Linear(heads * hd, D, bias=config.o_bias)
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(D, H * hd, bias=config.qkv_bias)
+        self.k_proj = Linear(D, K * hd, bias=config.qkv_bias)
+        self.v_proj = Linear(D, K * hd, bias=config.qkv_bias)
+        self.o_proj = Linear(H * hd, D, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
             self.k_norm = RMSNorm(hd, config.rms_norm_eps, config.is_gemma)
 
-    def project(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> rotated queries (B, T, H, hd) and keys, and values (B, T, K, hd)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, hd)
@@ -73,7 +69,11 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, *tables), rotate(k, *tables), v
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Of `project_qkv` -> (B, T, H * hd), before the output projection."""
+        return attend(q, k, v, metadata, self.layer, self.window, self.scale).flatten(2)
 
 
 class MLP(nn.Module):
@@ -85,11 +85,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(F_, D, bias=config.mlp_bias)
         self.gelu = config.activation == "gelu_tanh"
 
-    def forward(self, x: Tensor, keep: Keep) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        product = gated(gate, up, self.gelu)
-        with remade(product, partial(gated, gate.detach(), up.detach(), self.gelu), keep != "all"):
-            return self.down_proj(product)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.gelu))
 
 
 class Block(nn.Module):
@@ -108,41 +105,29 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], layout: Layout, keep: Keep) -> Tensor:
-        attention = self.self_attn
-        q, k, v = self.before(x, tables, keep)
-        parts = attend(q, k, v, layout, attention.layer, attention.window, attention.scale)
-        if len(parts) == 1:
-            return self.after(x, parts[0].flatten(2), keep)
-        joined = torch.cat(parts, 1)
-        # The backward of the attention keeps the parts: nobody needs to keep the whole.
-        join = partial(torch.cat, [part.detach() for part in parts], 1)
-        with remade(joined, join, keep != "all"):
-            return self.after(x, joined.flatten(2), keep)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata,
+                checkpoint_mlp: bool = False) -> Tensor:
+        q, k, v = self.project_qkv(x, rope)
+        return self.output_and_mlp(x, self.self_attn(q, k, v, metadata), checkpoint_mlp)
 
-    def before(self, x: Tensor, tables: tuple[Tensor, Tensor],
-               keep: Keep) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before the attention, a function of each token alone."""
-        normed = self.input_layernorm(x)
-        with remade(normed, partial(self.input_layernorm, x.detach()), keep != "all"):
-            return self.self_attn.project(normed, tables)
+    # Both sides of the attention work on each token alone: `compile_layers` compiles them, and
+    # `pack_weights` replaces them.
 
-    def after(self, x: Tensor, attention: Tensor, keep: Keep) -> Tensor:
-        """What comes after it, likewise: attention (B, T, H * hd) -> the block's output (B, T, D)."""
+    def project_qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project_qkv(self.input_layernorm(x), rope)
+
+    def output_and_mlp(self, x: Tensor, attention: Tensor, checkpoint_mlp: bool) -> Tensor:
+        """x (B, T, D) and attention (B, T, H * hd) -> the block's output (B, T, D)."""
         attention = self.self_attn.o_proj(attention)
         if self.sandwich:
             attention = self.post_attention_layernorm(attention)
         x = x + attention
-        if keep == "attention":
-            return checkpoint(self.feed_forward, x, "all", use_reentrant=False)
-        return self.feed_forward(x, keep)
+        return checkpoint(self.add_mlp, x, use_reentrant=False) if checkpoint_mlp else self.add_mlp(x)
 
-    def feed_forward(self, x: Tensor, keep: Keep) -> Tensor:
-        norm = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
-        normed = norm(x)
-        with remade(normed, partial(norm, x.detach()), keep != "all"):
-            mlp = self.mlp(normed, keep)
-        return x + (self.post_feedforward_layernorm(mlp) if self.sandwich else mlp)
+    def add_mlp(self, x: Tensor) -> Tensor:
+        if self.sandwich:
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Body(nn.Module):
@@ -156,10 +141,12 @@ class Body(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model.
+    """A causal language model with activations of dtype `compute_dtype`.
 
-    `compute_dtype` is the dtype of the activations. `gradient_checkpointing` recomputes each "block"
-    or each "mlp" in the backward pass (training mode only).
+    `gradient_checkpointing` is what the backward recomputes, in training mode:
+      None     norms, gated products and joined attention parts (see models/recompute.py)
+      "mlp"    each MLP, and of the rest what None recomputes
+      "block"  each block
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -178,10 +165,11 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def pack_weights(self) -> None:
-        """Lay out the weights on a CPU for inference, for good: no training, no saving after this.
+        """Lay out the weights for fast inference on a CPU; elsewhere this does nothing.
 
-        See models/packed.py. The layers' own weights go, so that memory holds one copy (of the head,
-        which is also the embedding or scores options, it holds two). Elsewhere this does nothing.
+        See models/onednn.py. The model can be neither trained nor saved afterwards: the layers drop
+        their own weights, so that memory holds one copy. Only the head is kept twice, since it is also
+        the embedding or scores options.
         """
         if self.head_weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return
@@ -189,22 +177,27 @@ class Decoder(nn.Module):
         self.packed_head = PackedLinear(self.head_weight.to(self.compute_dtype))
         for block in self.model.layers:
             packed = PackedBlock(block, self.compute_dtype)
-            block.before, block.after = packed.before, packed.after
+            block.project_qkv, block.output_and_mlp = packed.project_qkv, packed.output_and_mlp
             for module in block.modules():
                 if isinstance(module, Linear):
                     module.weight = module.bias = None
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """torch.compile what every block computes of each token alone, once for all blocks and lengths.
+        """torch.compile each block before and after its attention: two programs for all blocks.
 
-        The attention between stays as it is: segments of other lengths in every batch would be other
-        programs. So does the head, whose kernels are our own. What comes out is not the same bits.
+        The attention stays eager: each batch has other segment lengths, which would be other programs.
+        So does the head, whose kernels are our own. Results differ in rounding.
         """
-        whole = partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
-        for block in self.model.layers:
-            block.before, block.after = whole(block.before), whole(block.after)
 
-    def forward(self, input_ids: Tensor, **layout: Tensor | KVCache | None) -> Tensor:
+        def compiled(function: Callable) -> Callable:
+            return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+        for block in self.model.layers:
+            block.project_qkv = compiled(block.project_qkv)
+            block.output_and_mlp = compiled(block.output_and_mlp)
+
+    def forward(self, input_ids: Tensor,
+                **layout: Tensor | KVCache | PagedCache | None) -> Tensor:
         """(B, T) -> logits (B, T, V) in float32. Keywords as in `hidden`."""
         return self.logits(self.hidden(input_ids, **layout))
 
@@ -216,57 +209,37 @@ class Decoder(nn.Module):
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None,
                cu_seqlens: Tensor | None = None, attention_mask: Tensor | None = None,
-               cache: KVCache | PagedCache | None = None, rows: Tensor | slice | None = None,
-               parents: Tensor | None = None) -> Tensor:
+               cache: KVCache | PagedCache | None = None, parents: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, D) after the final norm, in the compute dtype.
 
         Three layouts:
-          batch    nothing else, or attention_mask (B, T) with 1 for real tokens (either side padded)
-          packed   cu_seqlens (S + 1,), B = 1: segments one after the other, attending to themselves;
-                   parents (S,) names for each the earlier segment that it continues and attends to
-                   as well, or -1: chosen and rejected share one prompt. Needs positions.
-          cached   cache, the new tokens of `rows` of its slots: a slice (read in place), an index
-                   tensor (b,), or None for the first B slots; or one token of each of the first
-                   B rows of a paged cache
-        positions (B, T) default to counting real tokens, from the slot's length when cached. A
-        cached call adds T to the lengths of its slots.
+          batch    nothing else, or attention_mask (B, T) with 1 for real tokens, padded on either side
+          packed   B = 1 and cu_seqlens (S + 1,): S segments one after the other, each attending to
+                   itself. parents (S,) names for each the earlier segment that it continues and also
+                   attends to, or -1 (chosen and rejected share one prompt); it needs positions.
+          cached   cache: the next T tokens of its first B slots, or rows (T = 1) of a paged cache.
+                   The call advances their lengths.
+        positions (B, T) default to counting real tokens, from a slot's length when cached.
         """
-        B, T = input_ids.shape
-        device = input_ids.device
-        if cache is not None and rows is None:
-            rows = slice(B)
-        if isinstance(cache, PagedCache):
-            positions = cache.positions(B)
-        elif cache is not None and positions is None:
-            positions = cache.lengths[rows, None] + torch.arange(T, device=device)
-        elif cu_seqlens is not None and positions is None:
-            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
-            positions = (torch.arange(T, device=device) - starts.to(device))[None]
-        elif attention_mask is not None and positions is None:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        elif positions is None:
-            positions = torch.arange(T, device=device)[None]
-        layout = Layout(positions, cu_seqlens, attention_mask, cache, rows, parents)
-
+        metadata = AttentionMetadata(input_ids, positions, cu_seqlens, attention_mask, cache, parents)
+        rope = {kind: rope_tables(kind, self.config.head_dim, metadata.positions)
+                for kind in {self.config.rope, self.config.local_rope}}
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
         if self.config.is_gemma:  # the factor is rounded to the dtype, as in the reference
-            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=device)
-        tables = {rope: rope_tables(rope, self.config.head_dim, positions)
-                  for rope in {self.config.rope, self.config.local_rope}}
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+
         recorded = torch.is_grad_enabled()
-        recompute = self.gradient_checkpointing if self.training and recorded else None
-        keep: Keep = "costly" if recorded else "all"
-        keep = {None: keep, "block": "all", "mlp": "attention"}[recompute]
-        for block, window in zip(self.model.layers, self.config.windows, strict=True):
-            rope = tables[self.config.rope if window is None else self.config.local_rope]
-            if recompute == "block":
-                x = checkpoint(block, x, rope, layout, keep, use_reentrant=False)
-            else:
-                x = block(x, rope, layout, keep)
-        if isinstance(cache, PagedCache):
-            cache.advance()
-        elif cache is not None:
-            cache.lengths[rows] += T
+        policy = self.gradient_checkpointing if self.training and recorded else None
+        recompute = recorded and policy != "block"
+        with recompute_in_backward() if recompute else nullcontext():
+            for block, window in zip(self.model.layers, self.config.windows, strict=True):
+                tables = rope[self.config.rope if window is None else self.config.local_rope]
+                if policy == "block":
+                    x = checkpoint(block, x, tables, metadata, use_reentrant=False)
+                else:
+                    x = block(x, tables, metadata, checkpoint_mlp=policy == "mlp")
+        if cache is not None:
+            cache.advance(*input_ids.shape)
         return self.model.norm(x)
 
 
@@ -277,9 +250,9 @@ def rope_tables(rope: Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, T
     if rope.rope_type == "linear":
         frequencies = frequencies / rope.factor
     elif rope.rope_type == "llama3":
-        # Slow waves are stretched, fast ones kept, those between blended (Llama 3.1, App. "rope").
+        # Low frequencies are stretched, high ones kept, those between blended; as in Llama 3.1.
         original = rope.original_max_position_embeddings
-        turns = original * frequencies / (2 * math.pi)  # over the original context
+        turns = original * frequencies / (2 * math.pi)  # within the original context
         blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         blend = blend.clamp(0, 1)
         frequencies = (1 - blend) * frequencies / rope.factor + blend * frequencies

@@ -1,4 +1,4 @@
-"""Weights and config of a .gguf file, dequantised, under their Hugging Face names."""
+"""Config and dequantised weights of a .gguf file, under their Hugging Face names."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ GEMMA_NAMES = {
 
 
 def open_gguf(path: Path) -> Any:
-    """A GGUFReader. Raises InputError when the package is missing or the file damaged."""
+    """A GGUFReader. Raises InputError if the package is missing or the file is damaged."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -50,13 +50,16 @@ def open_gguf(path: Path) -> Any:
 
 
 def metadata(reader: Any, key: str, default: Any = None) -> Any:
-    """A metadata value as plain Python, `default` when the file has no such key."""
+    """A metadata value as a plain Python object; `default` if the file has no such key."""
     found = reader.fields.get(key)
     return default if found is None else found.contents()
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config, and every tensor dequantised to float32. Raises InputError for what is unknown."""
+    """Config and all tensors, dequantised to float32.
+
+    Raises InputError for a damaged file and for unknown architectures, tensors and types.
+    """
     from gguf import dequantize
 
     reader = open_gguf(path)
@@ -79,7 +82,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             heads = raw["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
             values = _unpermute(values, heads)
         if gemma and name.endswith("norm.weight"):
-            values = values - 1  # GGUF holds 1 + w
+            values = values - 1  # GGUF stores 1 + w
         tensors[name] = values
     raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return ModelConfig.from_dict(raw, str(path)), tensors
@@ -111,7 +114,7 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": get("attention.key_length", hidden // heads),
         "max_position_embeddings": get("context_length"),
-        # float32 in the file: 9.999999747378752e-06 was 1e-05
+        # Stored as float32: 9.999999747378752e-06 stands for 1e-05.
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": get("rope.freq_base", 10000.0),
         "hidden_act": "gelu_pytorch_tanh" if kind == "gemma3" else "silu",
@@ -143,6 +146,6 @@ def _name(name: str, gemma: bool, path: Path) -> str:
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """GGUF interleaves the two rotary halves of llama's q and k rows; put them back side by side."""
+    """Undo GGUF's interleaving of the two rotary halves in llama's q and k rows."""
     rest = weight.shape[1:]
     return weight.view(heads, -1, 2, *rest).transpose(1, 2).reshape(weight.shape)

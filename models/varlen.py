@@ -1,15 +1,15 @@
-"""Attention over a packed stream in one call: torch's `varlen_attn`, which is FlashAttention.
+"""Attention over a packed stream in one call to torch's `varlen_attn`, which is FlashAttention.
 
-A segment that continues another one sees all of it before itself. So the keys and values of the call
-are the stream's, but that each continued segment stands again in front of those that continue it;
-causal attention with more keys than queries lets the last query see the last key.
+A segment that continues another one also sees all of that one. Its keys are therefore a copy of the
+other's keys followed by its own. With more keys than queries, causal attention aligns the last query
+with the last key, which is what such a segment needs.
 
-The function is new in torch and has changed with every release, so it is tried before it is trusted:
-once a dtype, head size and window, on a small stream, forward and backward. If it fails, segments go
-one by one, and a warning says so.
+`varlen_attn` is new in torch and has changed with every release. So it is first checked on a small
+stream, forward and backward, once per dtype, head size and with or without a window. If the check
+fails, a warning says so, and segments are computed one by one.
 
-Legend: N tokens of the stream, N' tokens with continued segments repeated, H heads, K key/value heads,
-hd head dimension.
+Legend: N tokens of the stream, N' keys including the copies, H heads, K key/value heads, hd head
+dimension.
 """
 
 import inspect
@@ -31,33 +31,33 @@ except ImportError:
 
 @dataclass
 class Stream:
-    """Where the segments of a stream and their keys lie."""
+    """Where the segments of a stream and their keys begin."""
 
-    keys: Tensor | None  # (N',) of every key its place in the stream; None: keys are the stream
+    keys: Tensor | None  # (N',) index of each key in the stream; None: no segment continues another
     cu_queries: Tensor  # (segments + 1,) int32
     cu_keys: Tensor  # (segments + 1,) int32
-    most_queries: int
-    most_keys: int
+    max_queries: int
+    max_keys: int
 
 
 def make_stream(lengths: list[int], parents: list[int], device: torch.device) -> Stream:
-    """From the segments' lengths, and the segment that each one continues, or -1."""
+    """Args: the segments' lengths, and for each the segment that it continues, or -1."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    places, before = [], []
+    keys, before = [], []
     for start, length, parent in zip(starts, lengths, parents, strict=False):
         before.append(lengths[parent] if parent >= 0 else 0)
         if parent >= 0:
-            places.append(torch.arange(starts[parent], starts[parent] + lengths[parent]))
-        places.append(torch.arange(start, start + length))
+            keys.append(torch.arange(starts[parent], starts[parent] + lengths[parent]))
+        keys.append(torch.arange(start, start + length))
     sizes = [a + b for a, b in zip(lengths, before, strict=True)]
 
     queries = to_device(torch.tensor(starts, dtype=torch.int32), device)
     if not any(before):
         return Stream(None, queries, queries, max(lengths), max(lengths))
     bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
-    return Stream(to_device(torch.cat(places), device), queries, to_device(bounds, device),
+    return Stream(to_device(torch.cat(keys), device), queries, to_device(bounds, device),
                   max(lengths), max(sizes))
 
 
@@ -68,22 +68,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, stream: Stream, window: int | None,
         k, v = k.index_select(0, stream.keys), v.index_select(0, stream.keys)
     options = {}
     if k.shape[1] != q.shape[1]:
-        if _shares_heads(varlen_attn):
+        if _accepts_gqa(varlen_attn):
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, stream.cu_queries, stream.cu_keys, stream.most_queries,
-                       stream.most_keys, scale=scale,
+    return varlen_attn(q, k, v, stream.cu_queries, stream.cu_keys, stream.max_queries,
+                       stream.max_keys, scale=scale,
                        window_size=(-1 if window is None else window - 1, 0), **options)
 
 
-@lru_cache  # asked for by every layer
-def _shares_heads(function: Callable) -> bool:
+@lru_cache  # every layer asks
+def _accepts_gqa(function: Callable) -> bool:
     return "enable_gqa" in inspect.signature(function).parameters
 
 
 def usable(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
-    """Whether `attend` works there, tried at the first call."""
+    """Whether `attend` works there; checked at the first call."""
     if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return proven(device, dtype, head_dim, window is not None)
@@ -91,12 +91,12 @@ def usable(device: torch.device, dtype: torch.dtype, head_dim: int, window: int 
 
 @lru_cache
 def proven(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
-    """Whether a small stream gives the outputs and gradients of the definition; a warning if not."""
+    """Whether a small stream gives the outputs and gradients of `definition`; warns if not."""
     lengths, parents, window = [5, 3, 9, 4, 1], [-1, 0, 0, -1, 3], 4 if windowed else None
     problem = "wrong results"
-    # Whatever surrounds the first call: inference mode, or the hooks of a checkpointed block.
-    plain = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), plain:
+    # The first call may happen in inference mode, or under the hooks of a checkpointed block.
+    no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), no_hooks:
         make = torch.Generator().manual_seed(0)
         q, k, v, grad = (torch.randn(sum(lengths), heads, head_dim, generator=make).to(device, dtype)
                          for heads in (4, 2, 2, 4))
@@ -113,18 +113,18 @@ def proven(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bo
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             problem = str(error)
     warnings.warn(f"varlen_attn of torch {torch.__version__} cannot be used on {device} with {dtype} "
-                  f"and heads of {head_dim} ({problem}): attention takes segments one by one, which is "
+                  f"and heads of {head_dim} ({problem}); segments are computed one by one, which is "
                   "slower and exact", stacklevel=2)
     return False
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: list[int],
                window: int | None, scale: float) -> Tensor:
-    """As `attend`, by a mask over all pairs of tokens: what a query sees, said once."""
+    """As `attend`, by a mask over all pairs of tokens."""
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     parent = torch.tensor(parents)[segment]
     at = torch.arange(len(segment)) - torch.tensor([0, *lengths]).cumsum(0)[segment]
-    at = at + torch.where(parent >= 0, torch.tensor(lengths)[parent], 0)  # continuing the parent's
+    at = at + torch.where(parent >= 0, torch.tensor(lengths)[parent], 0)  # after the parent's
     seen = (segment[:, None] == segment) & (at[:, None] >= at) | (parent[:, None] == segment)
     if window is not None:
         seen &= at[:, None] - at < window

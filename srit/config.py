@@ -3,8 +3,9 @@
 A field's docstring is its help text; `__post_init__` refuses values without meaning.
 """
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from srit.runtime.files import InputError
 
@@ -176,24 +177,37 @@ class DPOConfig(TrainConfig):
                "True without --use_peft: there is no second model to score with")
 
 
+def check_sampling(s: Any) -> None:
+    """Raise InputError for a bad sampling setting, in a GenerateConfig or SamplingParams."""
+    _check(0 <= s.temperature < math.inf, "temperature", s.temperature,
+           "0 (greedy) or a positive number")
+    _check(0 < s.top_p <= 1, "top_p", s.top_p, "above 0 and at most 1 (off)")
+    _check(s.top_k >= 0, "top_k", s.top_k, "0 (off) or the number of tokens to keep")
+    _check(0 <= s.min_p <= 1, "min_p", s.min_p, "0 (off) to 1 (only the likeliest token)")
+    _check(0 < s.repetition_penalty < math.inf, "repetition_penalty", s.repetition_penalty,
+           "a positive number; 1 is off")
+    _check(all(s.stop_strings), "stop_strings", s.stop_strings, "without an empty string")
+    _check(s.max_new_tokens >= 1, "max_new_tokens", s.max_new_tokens, "at least 1")
+
+
 @dataclass
 class GenerateConfig:
-    """Settings that sampling and evaluation share."""
+    """Settings shared by sampling and evaluation."""
 
     model_name_or_path: str
     """Directory in Hugging Face layout, hub id, or .gguf file."""
     output_dir: str
-    """Where the generations and run.json go."""
+    """Where the completions and run.json go."""
     seed: int = 0
-    """Every completion has its own random stream, from (seed, id, style, sample index)."""
+    """Seed of the completions; each has its own random stream, from (seed, id, style, sample)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of weights and cache; logits are always float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
     engine: Literal["srit", "vllm"] = "srit"
-    """What generates: our own engine, or vLLM (extra: vllm; one process, texts not bit for bit)."""
+    """srit: our own engine. vllm: vLLM (extra: vllm), in one process, not reproducible bit for bit."""
     num_samples: int = 1
-    """Completions to each question and prompt style."""
+    """Completions per question and prompt style."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -201,39 +215,33 @@ class GenerateConfig:
     top_k: int = 0
     """Keep the k likeliest tokens; 0 is off."""
     min_p: float = 0.0
-    """Leave out tokens less likely than min_p times the likeliest; 0 is off."""
+    """Drop tokens less likely than min_p times the likeliest; 0 is off."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that prompt or completion hold already become less likely; 1 is off."""
+    """Above 1, tokens already in the prompt or completion become less likely; 1 is off."""
     stop_strings: list[str] = field(default_factory=list)
-    """A completion ends where one of these begins."""
+    """A completion ends before the first of these strings."""
     return_logps: bool = False
-    """Write the log-probability of every generated token, by the model itself, as `logps`."""
+    """Write the model's log-probability of every generated token as `logps`."""
     max_new_tokens: int = 256
-    """Longest completion."""
+    """Longest completion, in tokens."""
     per_device_batch_size: int = 128
-    """Sequences decoded together."""
+    """Sequences that decode together."""
     max_cache_memory: float = 0.0
-    """GiB for keys and values, which may mean fewer sequences together; 0: enough for all."""
+    """GiB of the KV cache, which may mean fewer sequences together; 0: enough for all."""
     max_time: float = 0.0
-    """Minutes after which the run ends, to be continued; 0: no limit."""
+    """Minutes after which the run stops; the same command resumes it. 0: no limit."""
     limit: int | None = None
-    """Only the first questions of every file."""
+    """Questions per file, the first ones; all by default."""
     overwrite_output_dir: bool = False
-    """Delete what output_dir holds and start afresh; otherwise an unfinished run goes on."""
+    """Delete the run in output_dir and start again; otherwise an unfinished run is resumed."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "per_device_batch_size"):
+        for name in ("num_samples", "per_device_batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_cache_memory", "max_time"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
-        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty,
-               "above 0 (1 is off)")
-        _check(all(self.stop_strings), "stop_strings", self.stop_strings, "without an empty string")
         _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        check_sampling(self)
 
 
 @dataclass
@@ -241,11 +249,11 @@ class SampleConfig(GenerateConfig):
     """Phase 2: the instructed student answers the questions with and without the CoT prompt."""
 
     train_file: list[str] = field(default_factory=list)
-    """Question files (demonstration files serve too)."""
+    """Question files; demonstration files work too."""
     prompt_style: list[PromptStyle] = field(default_factory=lambda: ["direct", "cot"])
     """Prompt styles to answer with."""
     num_samples: int = 4
-    """Completions to each question and prompt style."""
+    """Completions per question and prompt style."""
     temperature: float = 0.7
     """0 is greedy."""
 
@@ -263,9 +271,9 @@ class EvalConfig(GenerateConfig):
     prompt_style: PromptStyle = "cot"
     """Prompt style to answer with."""
     scoring: Literal["generate", "options"] = "generate"
-    """generate: the model writes its answer. options: likeliest option (multiple choice only)."""
+    """generate: the model writes its answer. options: its likeliest option (multiple choice only)."""
     in_domain: list[str] = field(default_factory=list)
-    """Names of the data sets the student was trained on."""
+    """Data sets that the student was trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

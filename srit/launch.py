@@ -1,7 +1,7 @@
-"""From the command line to a stage: flags and YAML become a config, errors become one line.
+"""Parse flags and YAML into a config, run a stage, and report its errors in one line.
 
-A YAML file is flags written down: both go through the same parser (tyro, which reads types, defaults
-and help from the dataclasses). Flags win over YAML.
+YAML values become flags, so both go through one parser: tyro, which takes types, defaults and help
+from the dataclasses.
 """
 
 import dataclasses
@@ -17,71 +17,81 @@ from srit.recipe import check_keys, keys_of, read_yaml, stage_values
 from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError
 
-# What gloo and NCCL say when a peer is gone.
+# Parts of gloo's and NCCL's messages when a peer is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out",
         "timed out", "NCCL error", "Socket closed")
 Config = TypeVar("Config")
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:
-    """Config values as command-line words. None keeps the default."""
+    """Settings as command-line words; None is left out, so that the default applies."""
     words = []
     for key, value in values.items():
-        if value is None:
-            continue
-        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        if value is not None:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
+def _split(words: list[str]) -> dict[str, list[str]]:
+    """{key: values} of `--key value ...`, `--key=value` and a bare `--key`."""
+    flags: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            flags[key] = [value] if equals else []
+        elif flags:
+            flags[key].append(word)
+        else:
+            raise InputError(f"command line: expected a flag such as --output_dir, got {word!r}")
+    return flags
+
+
 def parse(cls: type[Config], stage: str, argv: list[str] | None = None) -> Config:
-    """Flags, and a YAML file or the stage's part of a recipe given by --config, as a config object."""
-    words: list[str] = []  # `--key=value` split, so that every flag stands alone
-    for word in sys.argv[1:] if argv is None else argv:
-        words += word.split("=", 1) if word.startswith("--") and "=" in word else [word]
-    values: dict[str, Any] = {}
-    if "--config" in words and "config" not in keys_of(cls):  # `srit run` reads its recipe itself
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise InputError("--config: name a YAML file")
-        path = words[at + 1]
-        del words[at : at + 2]
-        values = read_yaml(path)
-        if "data" in values or stage in values:
-            values = stage_values(path, stage)
-        check_keys(values, keys_of(cls), path)
-    flags = [word[2:] for word in words if word.startswith("--") and word != "--help"]
-    check_keys(flags, keys_of(cls), "command line")
-    booleans = {f.name for f in dataclasses.fields(cls) if f.type is bool}
-    for at in reversed(range(len(words))):  # a bare `--packing` means True
-        bare = at + 1 == len(words) or words[at + 1].startswith("--")
-        if words[at][2:] in booleans and bare:
-            words.insert(at + 1, "True")
-    words = to_flags({k: v for k, v in values.items() if k not in flags}) + words
+    """The stage's config from flags and the YAML file or recipe given by --config. Flags win.
+
+    Raises InputError for an unknown key and names the nearest known one.
+    """
+    words, known, settings = sys.argv[1:] if argv is None else argv, keys_of(cls), {}
+    if not {"-h", "--help"} & set(words):
+        flags = _split(words)
+        if "config" in flags and "config" not in known:  # `srit run` reads its recipe itself
+            if len(flags["config"]) != 1:
+                raise InputError("--config: name a YAML file")
+            (path,) = flags.pop("config")
+            settings = read_yaml(path)
+            if "data" in settings or stage in settings:
+                settings = stage_values(path, stage)
+            check_keys(settings, known, path)
+        check_keys(flags, known, "command line")
+        for field in dataclasses.fields(cls):
+            if field.type is bool and flags.get(field.name) == []:
+                flags[field.name] = ["True"]
+        words = to_flags(settings | flags)
     return tyro.cli(cls, args=words, prog=f"srit {stage}", use_underscores=True,
                     config=(tyro.conf.FlagConversionOff,))
 
 
 def run(cls: type[Config], stage: str, main: Callable[[Config], None],
         argv: list[str] | None = None) -> None:
-    """Parse and run one stage. Bad input ends it with one line and exit status 1."""
+    """Parse the command line and run one stage. Bad input prints one line and exits with status 1."""
     try:
         cfg = parse(cls, stage, argv)
-        # What has no max_time does not ask whether it should stop: Ctrl-C ends it where it is.
+        # A stage without max_time never checks for a shutdown, so Ctrl-C must interrupt it directly.
         with shutdown.listening(cfg.max_time) if hasattr(cfg, "max_time") else nullcontext():
             main(cfg)
     except shutdown.Stopped as reason:
         if distributed.rank() == 0:
             print(reason)
-        distributed.shutdown()
-    except (InputError, OSError, SafetensorError) as error:  # OSError: no space, no permission, ...
+        distributed.leave_process_group()
+    except (InputError, OSError, SafetensorError) as error:  # OSError: disk full, no permission, ...
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
         text = str(error)
         if any(sign in text for sign in LOST):
             sys.exit(f"error: rank {distributed.rank()}: another rank has died or does not answer "
-                     f"({text.splitlines()[0]}); its own message says why. The same command goes on "
-                     "from the last checkpoint")
+                     f"({text.splitlines()[0]}); see that rank's own message. The same command "
+                     "resumes from the last checkpoint")
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
         sys.exit(f"error: out of memory ({text.splitlines()[0]}). Training: lower "
@@ -89,4 +99,4 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
                  "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling and "
                  "evaluation: lower --per_device_batch_size")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on where it stopped")
+        sys.exit("interrupted: the same command resumes where it stopped")

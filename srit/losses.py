@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from srit.data.batches import Batch
-from srit.kernels import dpo_loss, linear_dpo, linear_logp, linear_nll, segment_sum
+from srit.kernels import linear_dpo, linear_logp, linear_nll, segment_sum
+from srit.kernels.preference_loss import dpo_loss
 from srit.models import Decoder
 
 __all__ = ["dpo_loss", "linear_dpo", "linear_nll", "sequence_logps", "token_logps", "trained_hidden"]

@@ -1,8 +1,8 @@
-"""One YAML file for the whole method: its stages, their settings, and how files pass between them.
+"""A recipe: one YAML file for the whole method, expanded into stages and the files between them.
 
-Top level: settings every stage shares (model_name_or_path, output_dir, seed, dtype, device),
-`data` (demos, questions, eval, in_domain), `rounds`, and a section a stage kind (sft, sample, pair,
-dpo, eval) with keys of that stage's config.
+Top level: settings that all stages share (model_name_or_path, output_dir, seed, dtype, device),
+`data` (demos, questions, eval, in_domain), `rounds`, and one section per kind of stage (sft, sample,
+pair, dpo, eval) with keys of that stage's config.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a recipe: `kind` says which script, `values` are its settings."""
+    """One step of a recipe: `kind` names the script train/KIND.py, `values` are its settings."""
 
     name: str
     kind: str
@@ -40,7 +40,7 @@ class Stage:
 
 
 def read_yaml(path: str | Path) -> dict:
-    """A YAML mapping. Raises InputError naming file and line."""
+    """Read a YAML mapping. Raises InputError naming file and line."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -58,7 +58,7 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise InputError for a key that is not known, naming the nearest one."""
+    """Raise InputError for an unknown key and name the nearest known one."""
     known = list(known)
     for key in keys:
         if key not in known:
@@ -67,12 +67,12 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
 
 
 def keys_of(cls: type) -> list[str]:
-    """The settings of a config class."""
+    """Names of the settings of a config class."""
     return [field.name for field in dataclasses.fields(cls)]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe with ${VARIABLE:-default} filled in. Raises InputError naming an unknown key."""
+    """Read and check a recipe, with ${VARIABLE:-default} expanded. Raises InputError."""
     recipe = _expand(read_yaml(path), str(path))
     known = [*SHARED, "data", "rounds", *KINDS]
     check_keys(recipe, known, str(path))
@@ -100,9 +100,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def stages(recipe: dict[str, Any]) -> list[Stage]:
-    """Base evaluation, SFT, evaluation, and a round or more of sample, pair, DPO, evaluation.
+    """Evaluate, SFT, evaluate, then `rounds` times: sample, pair, DPO, evaluate.
 
-    Round n samples from the model of round n - 1, which is its reference too (2407.18248).
+    Round n samples from the model of round n - 1, which is also its reference (arXiv 2407.18248).
     """
     root, data = Path(recipe["output_dir"]), recipe["data"]
 
@@ -137,12 +137,12 @@ def stages(recipe: dict[str, Any]) -> list[Stage]:
 
 
 def stage_values(path: str | Path, kind: str) -> dict[str, Any]:
-    """The settings of the first stage of a kind: what `train/sft.py --config recipe.yaml` runs."""
+    """Settings of the first stage of this kind, which `train/KIND.py --config recipe.yaml` runs."""
     return next(stage.values for stage in stages(read_recipe(path)) if stage.kind == kind)
 
 
 def _expand(value: Any, where: str) -> Any:
-    """${NAME} and ${NAME:-default} in every string, from the environment."""
+    """Replace ${NAME} and ${NAME:-default} in every string by environment variables."""
     if isinstance(value, dict):
         return {k: _expand(v, where) for k, v in value.items()}
     if isinstance(value, list):

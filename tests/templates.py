@@ -1,4 +1,4 @@
-"""Chat templates in the style of five model families, each with a tiny tokenizer that speaks it."""
+"""Chat templates in the style of five model families, and a tiny tokenizer for each."""
 
 import json
 from functools import cache

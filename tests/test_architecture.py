@@ -1,27 +1,44 @@
-"""Rules of the house, read from the source."""
+"""Rules of the house, read from the source: floors, no circles, no pickle, every setting is read.
+
+`python tests/test_architecture.py` draws the picture of docs/architecture.md anew.
+"""
 
 import ast
+import dataclasses
 import importlib
-import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = {"kernels": 0, "models": 1, "srit": 2, "train": 3}
-FILES = [p for folder in LAYERS for p in sorted((ROOT / folder).rglob("*.py"))]
+PAGE = ROOT / "docs" / "architecture.md"
+MARKS = "<!-- rooms: drawn by tests/test_architecture.py -->\n```text\n", "```\n<!-- end of rooms -->"
+# From below. A room imports from the floors below its own, or from its own floor.
+FLOORS = (("runtime",), ("kernels",), ("config", "recipe", "launch", "models"), ("text",), ("grading",),
+          ("data",), ("losses",), ("generation", "training"), ("commands", "train"))
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FILES = [path for folder in ("kernels", "models", "srit", "train")
+         for path in sorted((ROOT / folder).rglob("*.py"))]
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
-def layer_of(module: str) -> int | None:
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "srit" else ("srit", *parts)).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str | None:
+    """`generation` for srit.generation.engine; None for what is not ours, and for `srit` itself."""
     parts = module.split(".")
-    if parts[0] != "srit":
-        return None
-    return LAYERS.get(parts[1], 2) if len(parts) > 1 else 2
+    return parts[1] if parts[0] == "srit" and len(parts) > 1 else None
+
+
+MODULES = {module_of(path): path for path in FILES}
 
 
 def imports(tree: ast.AST) -> list[str]:
+    """Dotted names of everything imported, also inside functions."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -32,32 +49,73 @@ def imports(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_flow_downward(path):
-    own = LAYERS[path.relative_to(ROOT).parts[0]]
-    for name in imports(ast.parse(path.read_text())):
-        layer = layer_of(name)
-        assert layer is None or layer <= own, f"{path.name} imports {name} from above"
+def room_arrows() -> dict[str, set[str]]:
+    arrows = defaultdict(set)
+    for path, tree in TREES.items():
+        own = room_of(module_of(path))
+        for name in imports(tree):
+            if own and (other := room_of(name)) in FLOOR and other != own:
+                arrows[own].add(other)
+    return arrows
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_pickle_and_no_eval(path):
-    names = imports(ast.parse(path.read_text()))
-    assert not [n for n in names if n.split(".")[0] in ("pickle", "dill", "joblib", "cloudpickle")]
-    for call in re.findall(r"\b(torch\.load|torch\.save|eval|exec)\(", path.read_text()):
-        if call in ("eval", "exec"):
-            continue
-        raise AssertionError(f"{path.name} calls {call}")
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("eval", "exec")
+def picture() -> str:
+    """The rooms from the top floor down, and what each imports."""
+    arrows = room_arrows()
+    lines = []
+    for rooms in reversed(FLOORS):
+        for room in rooms:
+            below = sorted(arrows[room], key=lambda other: (-FLOOR[other], other))
+            lines.append(f"{room:11} -> {', '.join(below)}" if below else room)
+        lines.append("-" * 40)
+    return "\n".join(lines[:-1]) + "\n"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_module_imports(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    module = ".".join(parts if parts[0] == "srit" else ("srit", *parts))
-    importlib.import_module(module.removesuffix(".__init__"))
+def test_every_file_is_in_a_room():
+    rooms = {room_of(module) for module in MODULES} - {None}
+    assert rooms == set(FLOOR)
+
+
+def test_imports_flow_downward():
+    wrong = [(room, other) for room, others in room_arrows().items() for other in others
+             if FLOOR[other] > FLOOR[room]]
+    assert not wrong
+
+
+def test_no_circle_of_rooms_or_files():
+    """Imports inside functions count as well: they would only hide a circle."""
+    files = {name: {m for m in MODULES if m != name and any(
+        n == m or n.startswith(m + ".") for n in imports(TREES[path]))
+        and not (m in name and name.startswith(m + "."))} for name, path in MODULES.items()}
+    # `from srit.models import Decoder` also names the package `srit.models`, not what it imports.
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    files = {name: others - packages for name, others in files.items() if name not in packages}
+    for graph in (files, room_arrows()):
+        while graph:  # take away what imports nothing that is left
+            leaves = {name for name, others in graph.items() if not others & graph.keys()}
+            assert leaves, f"circle among {sorted(graph)}"
+            graph = {name: others for name, others in graph.items() if name not in leaves}
+
+
+def test_the_picture_is_up_to_date():
+    start, end = MARKS
+    assert start + picture() + end in PAGE.read_text(encoding="utf-8"), (
+        "run python tests/test_architecture.py")
+
+
+def test_no_pickle_and_no_eval():
+    for path, tree in TREES.items():
+        roots = {name.split(".")[0] for name in imports(tree)}
+        assert not roots & {"pickle", "dill", "joblib", "cloudpickle"}, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load", "torch.save"), (path, called)
+
+
+def test_every_module_imports():
+    for module in MODULES:
+        importlib.import_module(module)
 
 
 def test_importing_has_no_side_effects():
@@ -70,15 +128,41 @@ def test_importing_has_no_side_effects():
 
 
 def test_every_setting_is_read():
-    """A flag that nothing reads would be a promise not kept."""
-    import dataclasses
+    """D15. A flag that nothing reads would be a promise not kept.
 
+    Reading means `cfg.NAME`, or `self.cfg.NAME`, outside of the class that declares it; a check in
+    __post_init__ does not count.
+    """
     from srit import config
+    from srit.commands import convert, data, demo, demos, plan, report, run
 
-    # config.py names every setting as self.NAME, to check it; what it uses itself is cfg.NAME.
-    source = "\n".join(p.read_text().replace("self.", "") if p.name == "config.py" else p.read_text()
-                       for p in FILES)
-    for cls in (config.SFTConfig, config.DPOConfig, config.SampleConfig, config.EvalConfig,
-                config.PairConfig):
-        for field in dataclasses.fields(cls):
-            assert re.search(rf"\.{field.name}\b", source), f"{cls.__name__}.{field.name}"
+    read = set()
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value)
+                declares = path.name == "config.py" and path.parent.name == "srit"
+                if owner in ("cfg", "self.cfg") or (owner == "self" and declares and _in_method(
+                        tree, node)):
+                    read.add(node.attr)
+    classes = [config.SFTConfig, config.DPOConfig, config.SampleConfig, config.EvalConfig,
+               config.PairConfig, *(value for module in (convert, data, demo, demos, plan, report, run)
+                                    for name, value in vars(module).items()
+                                    if name.endswith("Config") and value.__module__ == module.__name__)]
+    unread = [f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)
+              if field.name not in read]
+    assert not unread
+
+
+def _in_method(tree: ast.AST, wanted: ast.AST) -> bool:
+    """Whether a node of config.py is in a method other than __post_init__, such as sampling_params."""
+    return any(node is wanted for function in ast.walk(tree)
+               if isinstance(function, ast.FunctionDef) and function.name != "__post_init__"
+               for node in ast.walk(function))
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text(encoding="utf-8")
+    start, end = MARKS
+    head, _, rest = text.partition(start)
+    PAGE.write_text(head + start + picture() + end + rest.partition(end)[2], encoding="utf-8")

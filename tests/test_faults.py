@@ -302,13 +302,13 @@ def test_when_a_rank_dies_the_others_end_and_say_why(tiny, rows, tmp_path, paral
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tiny, rows, tmp_path, monkeypatch,
                                                                capsys):
-    calls, score = [], sft.score
+    calls, compute_loss = [], sft.compute_loss
 
-    def poisoned(*arguments):
+    def poisoned(*arguments, **named):
         calls.append(1)
-        loss, sums = score(*arguments)
+        loss, sums = compute_loss(*arguments, **named)
         return (loss * float("nan"), sums * float("nan")) if len(calls) == 3 else (loss, sums)
-    monkeypatch.setattr(sft, "score", poisoned)
+    monkeypatch.setattr(sft, "compute_loss", poisoned)
     start("sft", tiny, rows, tmp_path, logging_steps=3)
     rows_ = metrics(tmp_path)
     assert [row["skipped_steps"] for row in rows_] == [1, 1]
@@ -319,8 +319,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tiny, rows, tmp_
 
 
 def test_means_over_no_finite_step_are_null(tiny, rows, tmp_path, monkeypatch):
-    score = sft.score
-    monkeypatch.setattr(sft, "score", lambda *a: tuple(x * float("inf") for x in score(*a)))
+    compute_loss = sft.compute_loss
+    monkeypatch.setattr(sft, "compute_loss", lambda *a, **named: tuple(
+        x * float("inf") for x in compute_loss(*a, **named)))
     start("sft", tiny, rows, tmp_path, max_steps=2, save_steps=0)
     assert [row["loss"] for row in metrics(tmp_path)] == [None, None]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

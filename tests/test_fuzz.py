@@ -1,8 +1,9 @@
-"""Whatever bytes come in: a result or an InputError, never a traceback, a hang or a damaged file.
+"""Any input gives a result or an InputError, never a traceback, a hang or a damaged file.
 
-A few hundred cases each run always, thousands with `pytest -m fuzz`.
+SOME cases of each test always run, MANY with `pytest -m fuzz`.
 """
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from srit.launch import parse
 from srit.models import ModelConfig, load_model
 from srit.recipe import read_recipe
 from srit.runtime.files import InputError
+from srit.text import chat_template
 from srit.text.tokenizer import load_tokenizer
 from srit.training.checkpoint import damage
 
@@ -34,7 +36,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4)
 
 
 def cases(strategy):
-    """The test twice: some cases always, many of them with -m fuzz."""
+    """Parametrize a test: SOME cases, and MANY with -m fuzz."""
     def decorate(check):
         @pytest.mark.parametrize("n", [SOME, pytest.param(MANY, marks=pytest.mark.fuzz)])
         def test(n):
@@ -46,7 +48,7 @@ def cases(strategy):
 
 
 def may_refuse(function, *arguments):
-    """Call it; an InputError of one readable line is as good as a result."""
+    """Call the function. A readable InputError is as good as a result."""
     try:
         function(*arguments)
     except InputError as error:
@@ -55,7 +57,7 @@ def may_refuse(function, *arguments):
 
 @st.composite
 def edited(draw, originals):
-    """One of the originals with some bytes cut out, doubled, replaced or put in."""
+    """One of the originals with some bytes deleted, doubled, replaced or inserted."""
     data = bytearray(draw(st.sampled_from(originals)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -67,7 +69,7 @@ def edited(draw, originals):
 
 @st.composite
 def changed(draw, original):
-    """A mapping with some of its values replaced, and some keys added or dropped."""
+    """The mapping with some values replaced and some keys added or removed."""
     row = dict(original)
     for key in draw(st.lists(st.sampled_from([*original, "new"]), min_size=1, max_size=3)):
         if draw(st.booleans()):
@@ -152,8 +154,6 @@ def test_messages_for_a_chat_template(messages):
 @cases(edited([TOKENIZER.chat_template.encode()]).map(lambda data: data.decode(errors="replace"))
        | st.text("{%}#- \nmessages[0]forin()'\"", max_size=40))
 def test_text_as_a_chat_template(template):
-    from srit.text import chat_template
-
     may_refuse(chat_template.render, template, {"messages": [{"role": "user", "content": "a"}]})
 
 
@@ -188,9 +188,7 @@ def test_bytes_as_a_recipe(data):
 
 @cases(st.tuples(st.sampled_from(["state/shard", "trainer_state.json", "SHA256SUMS"]),
                  st.integers(0, 399), st.integers(1, 255)))
-def test_no_changed_byte_of_a_checkpoint_goes_unseen(change):
-    import hashlib
-
+def test_any_changed_byte_of_a_checkpoint_is_detected(change):
     name, at, mask = change
     folder = FOLDER / "checkpoint-1"
     (folder / "state").mkdir(parents=True, exist_ok=True)

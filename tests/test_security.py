@@ -1,7 +1,7 @@
-"""What docs/security.md promises, tried: hostile checkpoints, paths, rows and model output.
+"""The promises of docs/security.md: hostile checkpoints, paths, rows and model output are harmless.
 
-Elsewhere: no pickle in the source (test_house.py) nor at run time (test_faults.py), shards outside
-their directory (test_models.py), the report's escaping (test_report.py).
+Tested elsewhere: no pickle in the source (test_architecture.py) or at run time (test_faults.py), shards
+outside their directory (models/test_load.py), escaping in the report (commands/test_report.py).
 """
 
 import json
@@ -13,6 +13,7 @@ import pytest
 from tiny import demo, pair, question, tiny_checkpoint, write_rows
 
 from srit.config import DPOConfig, EvalConfig, SampleConfig, SFTConfig
+from srit.grading.answers import grade
 from srit.models import load_model
 from srit.models.load import resolve
 from srit.runtime.files import InputError
@@ -38,7 +39,7 @@ VARIABLES = {"messages": TALK, "add_generation_prompt": True}
     ("{% include '/etc/passwd' %}", "no loader|loader"),
     ("{{ range(10 ** 9) | list }}", "too big|too much|Overflow"),
 ])
-def test_a_hostile_template_ends_and_the_next_one_renders(monkeypatch, template, message):
+def test_a_hostile_template_is_stopped_and_the_next_one_renders(monkeypatch, template, message):
     monkeypatch.setattr(chat_template, "SECONDS", 2.0)
     started = time.monotonic()
     with pytest.raises(InputError, match=message):
@@ -47,7 +48,7 @@ def test_a_hostile_template_ends_and_the_next_one_renders(monkeypatch, template,
     assert chat_template.render("{{ messages[0]['content'] }}", VARIABLES) == "hi"
 
 
-def test_a_hostile_template_is_named_with_its_checkpoint(tmp_path, monkeypatch):
+def test_the_error_of_a_template_names_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     tiny = tiny_checkpoint(tmp_path / "m")
     (tiny / "chat_template.jinja").write_text(
@@ -58,14 +59,14 @@ def test_a_hostile_template_is_named_with_its_checkpoint(tmp_path, monkeypatch):
         tokenizer.apply_chat_template(TALK, True)
 
 
-def test_a_worker_that_is_gone_is_replaced():
+def test_a_dead_worker_is_replaced():
     assert chat_template.render("a", VARIABLES) == "a"
     chat_template._worker.kill()
     chat_template._worker.wait()
     assert chat_template.render("b", VARIABLES) == "b"
 
 
-def test_a_forked_process_has_a_worker_of_its_own():
+def test_a_forked_process_starts_its_own_worker():
     assert chat_template.render("a", VARIABLES) == "a"
     pid = os.fork()
     if pid == 0:
@@ -88,7 +89,7 @@ def test_a_package_path_stays_in_its_package(name):
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "~/x", "a/b/c", "./a/b"])
-def test_what_is_no_hub_id_is_not_looked_up(name, monkeypatch):
+def test_a_path_is_not_looked_up_on_the_hub(name, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network"))
     with pytest.raises(InputError, match="neither a model directory nor a .gguf file"):
         resolve(name)
@@ -103,7 +104,7 @@ def test_pickled_weights_are_not_read(tmp_path, name):
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    """auto_map and trust_remote_code mean nothing here."""
+    """auto_map is ignored."""
     tiny = tiny_checkpoint(tmp_path / "m")
     (tiny / "modeling.py").write_text("raise SystemExit('run')")
     config = json.loads((tiny / "config.json").read_text())
@@ -129,9 +130,7 @@ def test_local_runs_use_no_network(tmp_path, monkeypatch):
 
 
 def test_model_output_is_data(tmp_path):
-    """Nothing evaluates an answer: code in it is text, and so is what looks like a number's formula."""
-    from srit.grading.answers import grade
-
+    """Nothing evaluates an answer, neither code nor formulas."""
     row = question(0, 3, 4)
     for text in ("The answer is __import__('os').system('touch pwned').", "The answer is 10**10**10.",
                  "The answer is " + "9" * 100_000 + ".", "The answer is " + "(" * 100_000):

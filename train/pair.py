@@ -12,7 +12,7 @@ from pathlib import Path
 
 from srit.config import PairConfig
 from srit.data.questions import read_demos
-from srit.grading.pairs import build_pairs, summarize
+from srit.grading.pairs import build_pairs, summarize_pairs
 from srit.launch import run
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_lines, require, write_jsonl
@@ -38,7 +38,7 @@ def main(cfg: PairConfig) -> None:
     if not pairs:
         raise InputError(f"no question gave a pair ({counts[1]}): sample more (--num_samples), "
                          "raise --temperature, or use harder questions")
-    summary = summarize(pairs)
+    summary = summarize_pairs(pairs)
     print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in summary.items()))
     write_jsonl(Path(cfg.output_dir) / "pairs.jsonl", pairs)
     write_run(cfg.output_dir, "pair", cfg, counts, started, pairs=summary)

@@ -2,13 +2,12 @@
 
     y ~ π_inst(· | i, q)  and  y_cot ~ π_inst(· | i, q, "Let's think step by step")
 
-(arXiv 2405.00402, §2.2). Every answer is graded against the ground truth; train/pair.py makes
-preference pairs of them. A completion depends on the model, the sampling settings and (seed, id,
-sample, style) alone, whatever the batch size, and a killed run goes on where it stopped when the
-same command is given again.
+(arXiv 2405.00402, §2.2). Every answer is graded against the ground truth; train/pair.py builds
+preference pairs from them. A completion depends only on the model, the sampling settings and (seed, id,
+sample, style), whatever the batch size. Running the command again resumes a killed run.
 
-In:   questions (demonstration files serve too)
-Out:  samples.jsonl, one graded row for each question, style and sample; run.json
+In:   questions (demonstration files work too)
+Out:  samples.jsonl, one graded row per question, style and sample; run.json
 
     python train/sample.py --model_name_or_path out/sft --train_file q.jsonl --output_dir out/sample
     torchrun --nproc_per_node 8 train/sample.py --config runs/x.yaml
@@ -17,13 +16,11 @@ Out:  samples.jsonl, one graded row for each question, style and sample; run.jso
 import time
 from pathlib import Path
 
+from srit import launch
 from srit.config import SampleConfig
-from srit.generation.rollouts import answer_all, fits, load_for_generation, read_prompts
-from srit.grading.statistics import summarise
-from srit.launch import run
+from srit.generation.rollouts import drop_too_long, generate_rollouts, load_for_generation, read_prompts
+from srit.grading.statistics import summarize_generations
 from srit.runtime import distributed
-from srit.runtime.files import InputError
-from srit.runtime.jsonl import Counts
 from srit.runtime.run_dir import claim_output_dir, write_run
 from srit.runtime.table import table
 
@@ -36,22 +33,14 @@ def main(cfg: SampleConfig) -> None:
     distributed.barrier()
 
     model, tokenizer = load_for_generation(cfg, device)
-    counts, prompts = Counts("prompts"), []
-    for prompt in read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit):
-        if fits(prompt, model, cfg.max_new_tokens):
-            counts.use()
-            prompts.append(prompt)
-        else:
-            counts.drop(f"too long with max_new_tokens {cfg.max_new_tokens}")
-    if not prompts:
-        raise InputError(f"nothing to answer: {counts}")
+    prompts = read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit)
+    prompts, counts = drop_too_long(prompts, model, cfg.max_new_tokens)
     if distributed.rank() == 0:
         print(f"{counts}, {cfg.num_samples} samples each")
-
-    rows = answer_all(model, tokenizer, prompts, Path(cfg.output_dir) / "samples.jsonl", cfg)
+    rows = generate_rollouts(model, tokenizer, prompts, Path(cfg.output_dir) / "samples.jsonl", cfg)
 
     if distributed.rank() == 0:
-        styles = {style: summarise(row for row in rows if row["prompt_style"] == style)
+        styles = {style: summarize_generations(row for row in rows if row["prompt_style"] == style)
                   for style in cfg.prompt_style}
         print(table(["style", "questions", "samples", "correct", "finished", "tokens", "unparsed"],
                     [[style, s["n"], s["n"] * cfg.num_samples, f"{s['accuracy']:.1%}",
@@ -59,8 +48,8 @@ def main(cfg: SampleConfig) -> None:
                      for style, s in styles.items()]))
         write_run(cfg.output_dir, "sample", cfg, [counts], started, styles=styles)
         print(f"{cfg.output_dir}: samples.jsonl, run.json")
-    distributed.shutdown()
+    distributed.leave_process_group()
 
 
 if __name__ == "__main__":
-    run(SampleConfig, "sample", main)
+    launch.run(SampleConfig, "sample", main)

@@ -1,4 +1,4 @@
-"""A line chart as inline SVG: no script, no dependency, colours from the page's CSS variables."""
+"""Line charts as inline SVG, without scripts or dependencies. CSS classes give the colours."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Series = tuple[str, Sequence[tuple[float, float]]]  # name, points
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers that divide low..high into at most `most` parts."""
+    """Round numbers between low and high, at most `most` steps apart."""
     if high <= low:
         return [low]
     rough = (high - low) / most
@@ -22,7 +22,10 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
-    """An SVG figure with axes, a legend with each line's last value, and at most four lines."""
+    """A figure with axes and a legend that shows each line's last value; at most four lines.
+
+    Points that are not finite are left out. Returns "" if none remain.
+    """
     series = [(name, [p for p in points if math.isfinite(p[1])]) for name, points in series]
     series = [(name, points) for name, points in series if points]
     if not series:
@@ -30,7 +33,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
     xs = [x for _, points in series for x, _ in points]
     ys = [y for _, points in series for _, y in points]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    if y1 - y0 < 1e-9 * max(1.0, abs(y1)):  # a flat line in the middle of its chart
+    if y1 - y0 < 1e-9 * max(1.0, abs(y1)):  # a flat line goes in the middle of the chart
         y0, y1 = y0 - 0.5, y1 + 0.5
     pad = 0.06 * (y1 - y0)
     y0, y1 = y0 - pad, y1 + pad

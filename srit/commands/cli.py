@@ -1,20 +1,20 @@
-"""`srit <command>`: the stage scripts and the tools around them behind one name."""
+"""`srit COMMAND`: the stages and tools as one command."""
 
 import importlib
 import sys
 
 COMMANDS = {
     "run": ("the whole method from one recipe", "srit.commands.run", "RunConfig"),
-    "report": ("HTML and Markdown page of a run", "srit.commands.report", "ReportConfig"),
-    "demo": ("the method on a small world that it makes itself", "srit.commands.demo", "DemoConfig"),
+    "report": ("HTML and Markdown report of a run", "srit.commands.report", "ReportConfig"),
+    "demo": ("the whole method on a small synthetic world", "srit.commands.demo", "DemoConfig"),
     "demos": ("ask a teacher model for demonstrations", "srit.commands.demos", "DemosConfig"),
-    "data": ("convert a published data set to questions", "srit.commands.data", "DataConfig"),
-    "sft": ("phase 1: instruct", "srit.train.sft", "SFTConfig"),
+    "data": ("convert a published data set to question rows", "srit.commands.data", "DataConfig"),
+    "sft": ("phase 1: instruct (SFT)", "srit.train.sft", "SFTConfig"),
     "sample": ("phase 2: the student answers the questions", "srit.train.sample", "SampleConfig"),
     "pair": ("phase 2: preference pairs from graded answers", "srit.train.pair", "PairConfig"),
-    "dpo": ("phase 2: self-refine on the pairs", "srit.train.dpo", "DPOConfig"),
+    "dpo": ("phase 2: self-refine on the pairs (DPO)", "srit.train.dpo", "DPOConfig"),
     "eval": ("accuracy on questions with ground truth", "srit.train.eval", "EvalConfig"),
-    "plan": ("memory of a training step, before it runs", "srit.commands.plan", "PlanConfig"),
+    "plan": ("predict the memory of a training step", "srit.commands.plan", "PlanConfig"),
     "convert": ("GGUF, hub id or adapter to a Hugging Face directory", "srit.commands.convert",
                 "ConvertConfig"),
 }
@@ -23,7 +23,7 @@ COMMANDS = {
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
-        print("usage: srit <command> --help\n")
+        print("usage: srit COMMAND [--help]\n")
         print("\n".join(f"  {key:8} {text}" for key, (text, _, _) in COMMANDS.items()))
         sys.exit(0 if name in ("--help", "-h") else f"error: unknown command '{name}'")
     _, module_name, config_name = COMMANDS[name]

@@ -1,4 +1,4 @@
-"""`srit convert`: any checkpoint that srit reads, written as a Hugging Face directory."""
+"""`srit convert`: write any checkpoint that srit reads as a Hugging Face directory."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +29,7 @@ def main(cfg: ConvertConfig) -> None:
     model, config = load_model(cfg.model_name_or_path)
     if cfg.adapter:
         load_adapter(model, cfg.adapter)
-        merge(model)  # in float32, then rounded once
+        merge(model)  # in float32, so the weights are rounded only once
     model.to(getattr(torch, cfg.dtype))
     save_model(model, config, cfg.output_dir)
     tokenizer.save(cfg.output_dir)

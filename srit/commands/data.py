@@ -1,6 +1,6 @@
-"""`srit data`: question rows from the files that data sets are published as.
+"""`srit data`: convert the published files of data sets to question rows.
 
-name         published file                                           fields that are read
+name         published file                                           fields read
 gsm8k        train.jsonl, test.jsonl (openai/grade-school-math)       question answer
 svamp        SVAMP.json (arkilpatel/SVAMP)                            Body Question Answer
 multiarith   MultiArith.json; addsub, singleeq, singleop likewise     sQuestion lSolutions
@@ -10,9 +10,9 @@ obqa, arc    train.jsonl ... (allenai's OpenBookQA and ARC)           question a
 piqa         train.jsonl, and --labels train-labels.lst               goal sol1 sol2
 siqa         train.jsonl, and --labels train-labels.lst               context question answerA ...
 mmlu         <subject>_test.csv, without a header                     question A B C D answer
-synthetic    none: the demo's own word problems, each with a teacher's demonstration
+synthetic    none: the demo's word problems, each with a teacher's demonstration
 
-Licences and splits are the data sets' own; nothing is fetched unless --input names a hub file.
+Licences and splits are those of the data sets. Nothing is downloaded unless --input names a hub file.
 """
 
 import csv
@@ -30,15 +30,15 @@ from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, read_lines, write_jsonl
 
 LETTERS = "ABCDEFGHIJ"
-Raw = tuple[str, Any]  # place for messages, record
+Raw = tuple[str, Any]  # place (for messages), record
 
 
 class NoTruth(Exception):
-    """The record has no ground truth: a hidden test set."""
+    """The record has no ground truth, as in a hidden test set."""
 
 
 def number(value: Any) -> str:
-    """"1,234.0" and 1234.0 are "1234"."""
+    """The last number as text: "1,234.0" and 1234.0 give "1234"."""
     found = numbers(str(value))
     if not found:
         raise NoTruth
@@ -50,7 +50,7 @@ def math(question: str, answer: Any) -> dict:
 
 
 def choice(question: str, options: list[str], answer: int) -> dict:
-    """`answer` counts from 0."""
+    """`answer` is the index of the right option."""
     if not 0 <= answer < len(options):
         raise NoTruth
     choices = dict(zip(LETTERS, (" ".join(o.split()) for o in options), strict=False))
@@ -78,7 +78,7 @@ def aqua(raw: dict) -> dict:
 
 
 def stem_choices(raw: dict) -> dict:
-    """CommonsenseQA, OpenBookQA and ARC; some of ARC's labels are 1 to 4."""
+    """CommonsenseQA, OpenBookQA and ARC. Some of ARC's labels are 1 to 4 instead of A to D."""
     question = raw["question"]
     labels = [option["label"] for option in question["choices"]]
     if raw.get("answerKey") not in labels:
@@ -92,7 +92,7 @@ def piqa(raw: dict) -> dict:
 
 
 def siqa(raw: dict) -> dict:
-    """Labels are 1 to 3."""
+    """Labels run from 1 to 3."""
     return choice(f"{raw['context']} {raw['question']}",
                   [raw["answerA"], raw["answerB"], raw["answerC"]], int(raw.get("label", 0)) - 1)
 
@@ -111,29 +111,29 @@ FORMATS: dict[str, Callable[[Any], dict]] = {
 
 @dataclass
 class DataConfig:
-    """Convert a published data set to questions, or make synthetic ones."""
+    """Convert a published data set to question rows, or generate synthetic ones."""
 
     name: Literal["gsm8k", "svamp", "multiarith", "addsub", "singleeq", "singleop", "aqua", "csqa",
                   "obqa", "arc", "piqa", "siqa", "mmlu", "synthetic"]
-    """Data set, which says what the published file looks like."""
+    """Data set; it determines the format of the input."""
     output: str
     """Questions file to write (JSON Lines)."""
     input: str | None = None
-    """Published file; hub:OWNER/NAME:FILE fetches it from that data set on the Hugging Face hub."""
+    """Published file, or hub:OWNER/NAME:FILE for a file of a data set on the Hugging Face hub."""
     labels: str | None = None
-    """Labels file, one label a line, where answers are published apart (piqa, siqa)."""
+    """Labels file, one label per line, for data sets that publish answers separately (piqa, siqa)."""
     limit: int | None = None
-    """Only the first records."""
+    """Use only the first records."""
     seed: int = 0
     """synthetic: seed."""
     num_rows: int = 1000
     """synthetic: number of questions."""
     domain: Literal["in", "out"] = "in"
-    """synthetic: the demo's training world, or its out-of-domain test."""
+    """synthetic: problems of the demo's training world, or of its out-of-domain test."""
 
 
 def read_raw(path: Path) -> Iterator[Raw]:
-    """Records of a .json list, .csv, or JSON Lines file, with their places."""
+    """Records of a .csv, .json or JSON Lines file, with their places."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -147,7 +147,7 @@ def read_raw(path: Path) -> Iterator[Raw]:
         raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
     except csv.Error as error:
         raise InputError(f"{path}: not CSV ({error})") from None
-    except json.JSONDecodeError:  # several values: JSON Lines
+    except json.JSONDecodeError:  # more than one value: JSON Lines
         yield from read_lines(path)
         return
     records = records if isinstance(records, list) else [records]
@@ -167,9 +167,9 @@ def with_labels(records: list[Raw], file: str) -> list[Raw]:
 
 
 def convert(name: str, records: list[Raw], prefix: str) -> tuple[list[dict], Counts]:
-    """Question rows; records without ground truth and repeated questions are dropped and counted.
+    """Question rows. Records without ground truth and repeated questions are dropped and counted.
 
-    Raises InputError for a record that does not look like this data set's.
+    Raises InputError for a record that is not in this data set's format.
     """
     rows, counts, seen = [], Counts("records"), set()
     for at, (where, raw) in enumerate(records):
@@ -193,7 +193,7 @@ def convert(name: str, records: list[Raw], prefix: str) -> tuple[list[dict], Cou
 
 
 def fetch(name: str) -> Path:
-    """A local file, or hub:OWNER/NAME:FILE from the Hugging Face hub."""
+    """Path of a local file, or of hub:OWNER/NAME:FILE after downloading it."""
     if not name.startswith("hub:"):
         return Path(name)
     repository, _, file = name.removeprefix("hub:").partition(":")
@@ -222,6 +222,6 @@ def main(cfg: DataConfig) -> None:
             records = with_labels(records, cfg.labels)
         rows, counts = convert(cfg.name, records, f"{cfg.name}-{path.stem}")
         if not rows:
-            raise InputError(f"{path}: no question with ground truth: {counts}")
+            raise InputError(f"{path}: no question with ground truth ({counts})")
     write_jsonl(cfg.output, rows)
     print(counts, f"{cfg.output}: {len(rows):,} questions, {time.time() - started:.1f} s", sep="\n")

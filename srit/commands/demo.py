@@ -1,14 +1,13 @@
-"""`srit demo`: the whole method, from nothing, on a small world of word problems.
+"""`srit demo`: the whole method from scratch on a small world of word problems.
 
-1. The world: questions, a programmed teacher's demonstrations, two test sets. One demonstration in
-   ten is wrong, and four in ten state the result without the steps, as real teachers do.
-2. The base model: a small llama and its tokenizer, trained here on one-step problems: explained in
-   running text, answered at once in a chat. It knows words, sums and one-step stories.
-3. runs/demo.yaml, as `srit run` does it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
+1. The world: questions, demonstrations by a programmed teacher, two test sets. Like a real teacher's,
+   one demonstration in ten is wrong, and four in ten give the result without the steps.
+2. The base model: a small llama and its tokenizer, trained here on one-step problems, explained in
+   plain text and answered without explanation in a chat. It knows the words, sums and one-step stories.
+3. runs/demo.yaml as `srit run` runs it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
 """
 
 import csv
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -21,15 +20,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from srit.commands import run
 from srit.commands.demo_data import PROBLEMS, generate, problem
+from srit.commands.report import label, read_results
 from srit.models import Decoder, ModelConfig, save_model
 from srit.recipe import Stage
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.jsonl import write_jsonl
+from srit.runtime.run_dir import read_run
 from srit.runtime.table import table
 from srit.text.prompts import question_messages
 from srit.text.tokenizer import Tokenizer
 
-RECIPE = Path(__file__).resolve().parent.parent / "runs" / "demo.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "runs" / "demo.yaml"
 SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -41,7 +42,7 @@ MODEL = {
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
     "pad_token_id": 0, "eos_token_id": 3,
 }
-INIT_STD = 0.06  # narrower, and so small a model copies and adds much later
+INIT_STD = 0.06  # with a smaller value so small a model learns to copy and add much later
 BASE_TRAINING = {
     "max_length": 256, "num_train_epochs": 1, "learning_rate": 3e-3, "warmup_ratio": 0.05,
     "weight_decay": 0.01, "adam_beta2": 0.95, "per_device_train_batch_size": 32,
@@ -52,21 +53,21 @@ SIZES = {"base": 24000, "demos": 1200, "questions": 1200, "test": 400}
 
 @dataclass
 class DemoConfig:
-    """The whole method on a small world that it makes itself, on two CPU cores."""
+    """Run the whole method on a small synthetic world, in minutes on two CPU cores."""
 
     output_dir: str = "out/demo"
-    """Where everything goes, a folder a seed."""
+    """Where everything goes, one folder per seed."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of world, base model and method; several: the method is run as often."""
+    """Seeds of world, base model and method; the method runs once for each."""
     recipe: str = str(RECIPE)
-    """Recipe of the method; ${SRIT_DEMO_DIR} in it is the folder of the seed."""
+    """Recipe of the method; in it, ${SRIT_DEMO_DIR} is the folder of the seed."""
 
 
 def plain_rows(n: int, seed: int) -> Iterator[dict]:
-    """What the base model reads: one-step problems, two explained on a line or one in a chat.
+    """Training rows of the base model: two explained one-step problems, or one answered in a chat.
 
-    In a chat it answers at once, so what it does there is guess; that it can explain is for the
-    instruction to bring out.
+    In a chat it only learns to answer without steps, that is to guess. SFT has to teach it to explain
+    there.
     """
     rng = random.Random(f"{seed} plain")
     for _ in range(n):
@@ -82,7 +83,7 @@ def plain_rows(n: int, seed: int) -> Iterator[dict]:
 
 
 def make_world(directory: Path, seed: int) -> None:
-    """Write base.jsonl, demos.jsonl, questions.jsonl and two test sets; no question is shared."""
+    """Write base.jsonl, demos.jsonl, questions.jsonl and two test sets that share no question."""
     inside = generate(SIZES["questions"] + SIZES["test"], seed, "in")
     outside = generate(SIZES["test"], seed, "out")
     train, test = inside[: SIZES["questions"]], inside[SIZES["questions"] :]
@@ -95,7 +96,7 @@ def make_world(directory: Path, seed: int) -> None:
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE on texts of the world, large enough to make its words single tokens."""
+    """Byte-level BPE trained on texts of the world; large enough that every word is one token."""
     rows = [row for domain in PROBLEMS for row in generate(1500, seed, domain)]
     texts = [f"{question_messages(row, 'cot')[0]['content']}\n{row['completion']}" for row in rows]
     backend = tokenizers.Tokenizer(models.BPE())
@@ -109,7 +110,7 @@ def make_tokenizer(seed: int) -> Tokenizer:
 
 
 def make_untrained(directory: Path, seed: int) -> None:
-    """A checkpoint with random weights."""
+    """Write a checkpoint with random weights, and its tokenizer."""
     tokenizer = make_tokenizer(seed)
     config = ModelConfig.from_dict({**MODEL, "vocab_size": tokenizer.vocab_size})
     model = Decoder(config)
@@ -123,7 +124,7 @@ def make_untrained(directory: Path, seed: int) -> None:
 
 
 def run_seed(cfg: DemoConfig, seed: int) -> Path:
-    """World, base model and method of one seed; finished parts are not made again."""
+    """Make the world and base model of one seed and run the method. Finished parts are skipped."""
     root = Path(cfg.output_dir) / f"seed-{seed}"
     base = Stage("base", "sft", {
         **BASE_TRAINING, "seed": seed, "model_name_or_path": str(root / "untrained"),
@@ -131,7 +132,7 @@ def run_seed(cfg: DemoConfig, seed: int) -> Path:
     if not run.is_finished(base):
         make_world(root / "data", seed)
         make_untrained(root / "untrained", seed)
-        print(f"[base] a model of {SIZES['base']:,} one-step problems", flush=True)
+        print(f"[base] {SIZES['base']:,} rows of one-step problems", flush=True)
         run.run_stage(base)
     os.environ["SRIT_DEMO_DIR"] = str(root)
     run.main(run.RunConfig(config=cfg.recipe, output_dir=str(root), seed=seed))
@@ -140,29 +141,28 @@ def run_seed(cfg: DemoConfig, seed: int) -> Path:
 
 def main(cfg: DemoConfig) -> None:
     if not Path(cfg.recipe).is_file():
-        raise InputError(f"--recipe {cfg.recipe}: no such file; it stands in runs/ of the source")
+        raise InputError(f"--recipe {cfg.recipe}: no such file; the source tree has it in runs/")
     roots = {seed: run_seed(cfg, seed) for seed in cfg.seeds}
     print(seeds_table(roots, Path(cfg.output_dir) / "seeds.csv"))
 
 
 def seeds_table(roots: dict[int, Path], file: Path) -> str:
-    """Accuracy of the three models by seed, as text; with its origin into a CSV file."""
-    names = {"eval-base": "baseline", "eval-sft": "instructed", "eval-dpo": "self-refined"}
+    """Accuracy by seed as aligned text; written to the CSV `file` with commit and machine."""
     rows, lines = [], []
     for seed, root in roots.items():
-        line = [f"seed {seed}"]
-        for key in ("in_domain", "out_of_domain"):
-            for stage, name in names.items():
-                found = json.loads((root / stage / "results.json").read_text())[key]
-                run = json.loads((root / stage / "run.json").read_text())
-                line.append(f"{found['accuracy']:.1%}")
-                rows.append({"seed": seed, "model": name, "test": key, "n": found["n"],
-                             "accuracy": found["accuracy"], "commit": run["commit"],
-                             "torch": run["versions"]["torch"], "machine": run["machine"]})
-        lines.append(line)
+        results = read_results(root)
+        lines.append([f"seed {seed}"])
+        for domain in ("in_domain", "out_of_domain"):
+            for stage, result in results.items():
+                origin, found = read_run(root / stage), result[domain]
+                lines[-1].append(f"{found['accuracy']:.1%}")
+                rows.append({"seed": seed, "model": label(stage).lower(), "test": domain,
+                             "n": found["n"], "accuracy": found["accuracy"],
+                             "commit": origin["commit"], "torch": origin["versions"]["torch"],
+                             "machine": origin["machine"]})
     with atomic_write(file) as handle:
         writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    header = [f"{name}, {end}" for end in ("in", "out") for name in names.values()]
-    return table(["", *header], lines)
+    names = [label(stage).lower() for stage in results]
+    return table(["", *(f"{name}, {end}" for end in ("in", "out") for name in names)], lines)

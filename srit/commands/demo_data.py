@@ -1,12 +1,12 @@
-"""The demo's small world: arithmetic word problems, and a programmed teacher that explains them.
+"""The demo's world: arithmetic word problems, and a programmed teacher that explains them.
 
-A problem is two texts, question and explanation. Lower-case letters in braces are numbers; every
-equation of the explanation, such as "{a} + {b} = {r}", is a step and defines the letter on its
-right, so that the explanation is also the program that computes the answer.
+A problem is a question and an explanation. Lower-case letters in braces are numbers. Every equation of
+the explanation, such as "{a} + {b} = {r}", is one step and defines the letter on its right, so the
+explanation is also the program that computes the answer.
 
-base: one step, which the base model has read, with the short answer or the explanation.
-in:   two or three steps, in the base's words: demonstrations, questions, in-domain test.
-out:  two or three steps, other people, things, situations and combinations: out-of-domain test.
+base: one step; training data of the base model, with the bare answer or with the explanation.
+in:   two or three steps, told as in base; demonstrations, questions and in-domain test.
+out:  two or three steps with other people, things, situations and combinations; out-of-domain test.
 """
 
 import random
@@ -23,7 +23,7 @@ THINGS = {
 PEOPLE["base"] = PEOPLE["in"] + PEOPLE["out"]
 THINGS["base"] = THINGS["in"] + THINGS["out"]
 
-# {N} and {M} are people, {o} are things, {k} and {g} small factors, other letters amounts.
+# {N}, {M}: people. {o}, {p}: things. {k}, {g}: small factors. Other letters: amounts.
 PROBLEMS = {
     "base": [
         ("{N} has {a} {o}. {M} gives {N} {b} more. How many {o} does {N} have now?",
@@ -105,7 +105,7 @@ PROBLEMS = {
          "The {o} cost {k} * {g} = {r} dollars. Together {N} pays {r} + {c} = {s} dollars."),
     ],
 }
-LARGEST, AMOUNTS, FACTORS = 30, (1, 20), (2, 6)  # every result lies in 1..LARGEST
+LARGEST, AMOUNTS, FACTORS = 30, (1, 20), (2, 6)  # every result is in 1..LARGEST
 TEACHER = "programmed"
 EQUATION = re.compile(r"\{(\w)\} ([+*-]) \{(\w)\} = \{(\w)\}")
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -113,7 +113,7 @@ APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 def solve(explanation: str, given: dict[str, int], wrong_step: int = -1,
           slip: int = 0) -> dict[str, int]:
-    """The numbers of all letters. The result of step `wrong_step` comes out `slip` too large."""
+    """Values of all letters, where the result of step `wrong_step` is `slip` too large."""
     values = dict(given)
     for step, (left, sign, right, result) in enumerate(EQUATION.findall(explanation)):
         values[result] = APPLY[sign](values[left], values[right]) + slip * (step == wrong_step)
@@ -121,10 +121,10 @@ def solve(explanation: str, given: dict[str, int], wrong_step: int = -1,
 
 
 def problem(rng: random.Random, domain: str, error_rate: float = 0.0, haste: float = 0.0) -> dict:
-    """A question row with the teacher's completion.
+    """A random question row with the teacher's completion.
 
-    With probability `error_rate` a step of it is miscalculated; with probability `haste` it states
-    the result and leaves the steps out, which is right, and harder to learn from.
+    With probability `error_rate` one step is miscalculated. With probability `haste` the completion
+    gives the result without the steps, which may be right but teaches less.
     """
     question, explanation = rng.choice(PROBLEMS[domain])
     results = [step[-1] for step in EQUATION.findall(explanation)]
@@ -152,7 +152,7 @@ def problem(rng: random.Random, domain: str, error_rate: float = 0.0, haste: flo
 
 def generate(n: int, seed: int, domain: str, error_rate: float = 0.1,
              haste: float = 0.4) -> list[dict]:
-    """`n` demonstrations (question rows with `teacher` and `completion`), no question twice."""
+    """`n` demonstrations with distinct questions: question rows with `teacher` and `completion`."""
     rng = random.Random(f"{seed} {domain}")
     rows: dict[str, dict] = {}
     while len(rows) < n:

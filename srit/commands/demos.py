@@ -1,8 +1,8 @@
-"""`srit demos`: a teacher behind an OpenAI-compatible server writes the demonstrations.
+"""`srit demos`: get demonstrations from a teacher behind an OpenAI-compatible server.
 
-Every question is asked once, with the project's own chain-of-thought prompt. Answers are appended
-to answers.jsonl as they come, so a run that was interrupted asks only what is missing; demos.jsonl
-is written when all are there. Wrong answers stay in: `srit sft` drops them by ground truth.
+Every question is asked once, with the chain-of-thought prompt of the other stages. Answers are appended
+to answers.jsonl as they arrive, so a resumed run asks only what is missing; demos.jsonl is written at
+the end. Wrong answers are kept: `srit sft` filters them by ground truth.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 from srit.data.questions import read_questions
 from srit.grading.answers import grade
 from srit.runtime.files import InputError
-from srit.runtime.jsonl import Counts, cut_torn_line, read_jsonl, write_jsonl
+from srit.runtime.jsonl import Counts, cut_torn_line, has_rows, read_jsonl, write_jsonl
 from srit.runtime.run_dir import claim_output_dir, write_run
 from srit.text.prompts import question_messages
 
@@ -26,32 +26,32 @@ Answer = tuple[str, str]  # text, finish reason
 
 @dataclass
 class DemosConfig:
-    """Phase 0: chain-of-thought demonstrations from a teacher model behind a server."""
+    """Phase 0: get chain-of-thought demonstrations from a teacher model behind a server."""
 
     train_file: list[str]
     """Question files."""
     output_dir: str
-    """Where demos.jsonl, answers.jsonl (one line as each answer arrives) and run.json go."""
+    """Where demos.jsonl, answers.jsonl (the raw answers as they arrive) and run.json go."""
     model: str
-    """The teacher's name on the server."""
+    """Name of the teacher model on the server."""
     base_url: str | None = None
-    """Address of the server, such as http://localhost:8000/v1; else OPENAI_BASE_URL counts."""
+    """Address of the server, such as http://localhost:8000/v1; default: OPENAI_BASE_URL."""
     api_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key: on the command line it would be seen and saved."""
+    """Environment variable that holds the key. (A key on the command line could leak.)"""
     temperature: float = 0.0
     """0 is greedy."""
     max_new_tokens: int = 512
-    """Longest answer; one that reaches it is dropped and counted."""
+    """Maximum length of an answer. Answers that reach it are dropped and counted."""
     concurrency: int = 8
-    """Requests under way at the same time."""
+    """Number of simultaneous requests."""
     max_retries: int = 5
-    """Further tries after a connection error, a time-out or an overloaded server, with back-off."""
+    """Retries after a connection error, a timeout or an overloaded server, with back-off."""
     timeout: float = 120.0
-    """Seconds to wait for one answer."""
+    """Seconds to wait for an answer."""
     limit: int | None = None
-    """Only the first questions of every file."""
+    """Use only the first questions of every file."""
     overwrite_output_dir: bool = False
-    """Delete what output_dir holds and start afresh; otherwise an unfinished run goes on."""
+    """Delete output_dir and start over; otherwise an unfinished run is resumed."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "concurrency"):
@@ -63,7 +63,7 @@ class DemosConfig:
 
 
 def connect(cfg: DemosConfig) -> Any:
-    """A client that retries by itself. Raises InputError without the package or without a key."""
+    """A client with its own retries. Raises InputError if the package or the key is missing."""
     try:
         import openai
     except ImportError:
@@ -72,14 +72,14 @@ def connect(cfg: DemosConfig) -> Any:
     base_url = cfg.base_url or os.environ.get("OPENAI_BASE_URL")
     key = os.environ.get(cfg.api_key_variable)
     if not key and not base_url:
-        raise InputError(f"the environment variable {cfg.api_key_variable} holds no key; set it, "
-                         "or give the --base_url of a server that needs none")
+        raise InputError(f"the environment variable {cfg.api_key_variable} holds no key; set it, or "
+                         "give the --base_url of a server that needs none")
     return openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=cfg.max_retries,
                          timeout=cfg.timeout)
 
 
 def ask(client: Any, cfg: DemosConfig, row: dict) -> Answer:
-    """One question to the teacher."""
+    """Ask the teacher one question."""
     reply = client.chat.completions.create(
         model=cfg.model, messages=question_messages(row, "cot"), temperature=cfg.temperature,
         max_tokens=cfg.max_new_tokens)
@@ -88,15 +88,16 @@ def ask(client: Any, cfg: DemosConfig, row: dict) -> Answer:
     return reply.choices[0].message.content or "", reply.choices[0].finish_reason or "stop"
 
 
-REFUSED = (401, 403, 404)  # what the server will say to every question: wrong key, model, address
-REJECTED = (400, 413, 422)  # what it will always say to this question: too long, filtered
+# HTTP status of an error that all questions share (wrong key, model, address), and of one that only
+# this question has (too long, filtered). Retrying helps neither.
+REFUSED, REJECTED = (401, 403, 404), (400, 413, 422)
 
 
 def collect(questions: list[dict], path: Path, answer: Callable[[dict], Answer],
             concurrency: int) -> dict[str, str]:
-    """Append an answer for every question to `path`; returns what failed, as {id: reason}.
+    """Append an answer to every question to `path`. Returns {id: reason} of those that failed.
 
-    Raises InputError at the first error that would meet every question alike.
+    Raises InputError at the first error that all questions share.
     """
     failed: dict[str, str] = {}
     pool = ThreadPoolExecutor(concurrency)
@@ -133,7 +134,7 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
     for file in cfg.train_file:
         for row in read_questions(file)[: cfg.limit]:
             if row["id"] in questions:
-                raise InputError(f"{file}: id {row['id']!r} stands already in another file")
+                raise InputError(f"{file}: duplicate id {row['id']!r}, also in another file")
             questions[row["id"]] = row
     client = client or connect(cfg)
     claim_output_dir(cfg.output_dir, "demos", cfg)
@@ -147,7 +148,7 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
     if failed:
         raise InputError(f"{len(failed):,} of {len(questions):,} questions have no answer, the "
                          f"first because of: {next(iter(failed.values()))}; "
-                         "the same command asks again")
+                         "the same command asks them again")
 
     demos, counts = make_demos(list(questions.values()), read_answers(path), cfg.model)
     if not demos:
@@ -159,15 +160,13 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
 
 
 def read_answers(path: Path) -> dict[str, dict]:
-    """{question id: line of answers.jsonl}, empty before the first answer."""
-    if not path.is_file() or not path.stat().st_size:
-        return {}
-    return {row["id"]: row for row in read_jsonl(path)}
+    """{question id: row} of answers.jsonl."""
+    return {row["id"]: row for row in read_jsonl(path)} if has_rows(path) else {}
 
 
 def make_demos(questions: list[dict], answers: dict[str, dict],
                teacher: str) -> tuple[list[dict], Counts]:
-    """Demonstrations in the order of the questions, without cut, empty and rejected ones."""
+    """Demonstrations in the order of the questions. Cut, empty and rejected answers are dropped."""
     demos, counts = [], Counts("answers")
     for row in questions:
         answer = answers[row["id"]]

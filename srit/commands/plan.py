@@ -1,22 +1,21 @@
-"""`srit plan`: memory and traffic of a training step, before the GPUs are rented.
+"""`srit plan`: predict the memory of a training step.
 
-Bytes on each GPU, for P parameters (in blocks and outside), N tokens in a forward pass, L layers, D
-hidden, F intermediate, H query and K key/value heads of size hd, V vocabulary, s bytes of the compute
-dtype, R ranks:
+Bytes on each GPU, for P parameters, N tokens per forward, L layers, D hidden size, F intermediate size,
+H query and K key/value heads of size hd, V vocabulary, s bytes per element of the compute dtype, and R
+ranks:
 
-  weights, moments   4 P and 8 P, with FSDP over R; gradients 4 P, over R
-  kept               s L N (2D + 2F + 2(H + K) hd), and the joined keys of DPO's branches, s L N 2K hd;
-                     with activation checkpointing s L N D and one block's part; of MLPs alone, s L N
-                     (2D + 2(H + K) hd) and one MLP's 2 s N F
-  cast               in bf16 the blocks' cast weights, which autograd keeps (not with FSDP, which
-                     gathers them cast; with checkpointing one block's; of MLPs, not theirs)
-  head               its float32 gradient, made in the forward, 4 V D, and a chunk of logits
-  gathered           with FSDP embedding and head, in the gather's buffer and copied out of it, two
-                     blocks, and a block's gradients
+  weights    4 P. Gradients 4 P, AdamW's moments 8 P. FSDP divides all three by R.
+  saved      activations for the backward: s L N (2D + 2F + 2(H + K) hd), and in DPO s L N 2K hd for the
+             concatenated keys and values of the branches. With checkpointing s L N D and one block's
+             activations; with checkpointing of MLPs s L N (2D + 2(H + K) hd) and one MLP's 2 s N F.
+  cast       bf16 copies of the blocks' weights, saved by autograd. With checkpointing one block's; with
+             checkpointing of MLPs all but the MLPs'. With FSDP none: it gathers in bf16.
+  head       its float32 gradient, 4 V D, which the forward computes, and one chunk of logits.
+  gathered   by FSDP: embedding and head twice (gather buffer and copy), two blocks, and one block's
+             gradients.
 
-The peak is at the end of the forward (kept + head) or at the end of the backward (all gradients, and
-the tied head's beside the embedding's), whichever is more; an eighth is added for what has no formula.
-docs/scaling.md compares it with measured steps.
+The peak is at the end of the forward (saved, cast, head) or of the backward (all gradients, and the
+tied head's beside the embedding's), whichever is larger. WASTE is added for the rest.
 """
 
 from dataclasses import dataclass, replace
@@ -33,9 +32,9 @@ from srit.runtime.files import InputError
 from srit.runtime.table import table
 
 GIB = 2**30
-CONTEXT = {"cuda": 0.8, "cpu": 0.17}  # GiB that the libraries take, and the tokenizer
-WASTE = 1 / 8  # temporary tensors and holes in the heap: of the rest, as measured on a CPU
-# Published shapes, for planning without a download.
+CONTEXT = {"cuda": 0.8, "cpu": 0.17}  # GiB of libraries and tokenizer
+WASTE = 1 / 8  # temporary tensors and fragmentation; fitted to steps on a CPU
+# Published shapes, to plan without a download.
 SHAPES = {
     name: dict(model_type="llama", hidden_act="silu", max_position_embeddings=8192, rms_norm_eps=1e-5,
                rope_theta=10000.0, vocab_size=v, hidden_size=d, intermediate_size=f,
@@ -53,77 +52,54 @@ SHAPES = {
 
 @dataclass
 class PlanConfig:
-    """Memory and traffic of a training step on each GPU, and the most tokens that fit."""
+    """Predict the memory of a training step on each GPU, and the most tokens that fit."""
 
     model_name_or_path: str
-    """Directory, hub id or .gguf file; or a published shape, such as Llama-2-7B."""
+    """Directory, hub id, .gguf file, or a published shape such as Llama-2-7B."""
     stage: Literal["sft", "dpo"] = "dpo"
-    """DPO also keeps the joined keys of its branches, and scores every pair once more before."""
+    """DPO also saves the concatenated keys and values of its branches."""
     gpus: int = 1
     """Number of GPUs."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """A whole model on each, or a part of everything on each."""
+    """ddp: a whole model on each GPU. fsdp: a shard of everything on each GPU."""
     tokens: int = 16384
-    """Tokens of one forward pass of one GPU (max_tokens_per_batch)."""
+    """Tokens per forward on each GPU (max_tokens_per_batch)."""
     gradient_accumulation_steps: int = 1
-    """Forward passes to one optimizer step."""
+    """Forwards per optimizer step."""
     gradient_checkpointing: bool = False
-    """Recompute activations layer by layer in the backward pass."""
+    """Recompute activations layer by layer in the backward."""
     checkpoint_policy: Literal["block", "mlp"] = "block"
-    """What gradient_checkpointing recomputes: all of a layer, or what is behind its attention."""
+    """What gradient_checkpointing recomputes: the whole layer, or only its MLP."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype."""
     use_peft: bool = False
     """Train a LoRA adapter."""
     lora_r: int = 16
-    """Its rank."""
+    """Rank of the adapter."""
     max_memory: float = 80.0
     """GiB of one GPU."""
-    bandwidth: float = 200.0
-    """GB/s that one GPU sends, to all others together."""
-    tflops: float = 400.0
-    """TFLOP/s that one GPU reaches in matrix products."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """On a CPU the libraries take less, and the chunk of logits is smaller."""
+    """On a CPU the libraries take less memory and the chunk of logits is smaller."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tokens", "gradient_accumulation_steps", "lora_r"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("max_memory", "bandwidth", "tflops"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} {getattr(self, name)}: must be positive")
+        if self.max_memory <= 0:
+            raise InputError(f"--max_memory {self.max_memory}: must be positive")
 
 
-@dataclass
-class Plan:
-    """All in bytes on one GPU, but for the parameters of the model and the seconds of a step."""
-
-    parameters: int
-    weights: float
-    moments: float
-    gradients: float
-    kept: float
-    cast: float
-    head: float
-    gathered: float
-    waste: float
-    context: float
-    peak: float
-    sent: float
-    compute_seconds: float
-
-
-TEXTS = {  # the rows that are printed
+LABELS = {
     "weights": "weights, float32", "moments": "AdamW's moments", "gradients": "gradients",
-    "kept": "kept for the backward", "cast": "cast weights",
+    "saved": "activations saved for the backward", "cast": "weights cast to bfloat16",
     "head": "head: gradient and a chunk of logits", "gathered": "gathered by FSDP",
-    "waste": "temporary tensors and holes, an eighth", "context": "libraries", "peak": "peak",
+    "waste": "temporary tensors and fragmentation", "context": "libraries",
+    "peak": "peak (not all at once)",
 }
 
 
 def read_shape(name: str) -> ModelConfig:
-    """The config of a model, without its weights where it has a config.json."""
+    """A model's config. Weights are read only from a .gguf file."""
     if name in SHAPES:
         return ModelConfig.from_dict(SHAPES[name])
     path = resolve(name)
@@ -131,8 +107,8 @@ def read_shape(name: str) -> ModelConfig:
 
 
 @lru_cache
-def _parameters(config: ModelConfig, lora_r: int) -> tuple[int, int, int]:
-    """How many there are, how many in blocks, how many are trained."""
+def count_parameters(config: ModelConfig, lora_r: int) -> tuple[int, int, int]:
+    """Number of all parameters, of those in blocks and of trained ones; lora_r 0: no adapter."""
     with torch.device("meta"):
         model = Decoder(config)
         if lora_r:
@@ -142,9 +118,9 @@ def _parameters(config: ModelConfig, lora_r: int) -> tuple[int, int, int]:
             sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
-    """Predict one optimizer step."""
-    P, blocks, trained = _parameters(config, cfg.lora_r if cfg.use_peft else 0)
+def plan(config: ModelConfig, cfg: PlanConfig) -> dict[str, float]:
+    """Predict one optimizer step: bytes on each GPU, under the names of LABELS."""
+    P, blocks, trained = count_parameters(config, cfg.lora_r if cfg.use_peft else 0)
     block, outside = blocks / config.num_hidden_layers, P - blocks
     V, D, L, N = config.vocab_size, config.hidden_size, config.num_hidden_layers, cfg.tokens
     s = 4 if cfg.dtype == "float32" else 2
@@ -155,7 +131,8 @@ def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
     mlp = 2 * s * config.intermediate_size
     layer = mlp + s * (2 * D + 2 * (H + K) * hd + 2 * K * hd * (cfg.stage == "dpo"))
     recomputed = cfg.checkpoint_policy if cfg.gradient_checkpointing else None
-    kept = N * {None: L * layer, "block": L * s * D + layer, "mlp": L * (layer - mlp) + mlp}[recomputed]
+    per_token = {None: L * layer, "block": L * s * D + layer, "mlp": L * (layer - mlp) + mlp}
+    saved = N * per_token[recomputed]
     cast = 0.0
     if s == 2 and not sharded:
         mlps = 3 * D * config.intermediate_size
@@ -167,33 +144,21 @@ def plan(config: ModelConfig, cfg: PlanConfig) -> Plan:
     if sharded:
         gathered = s * (2 * outside + 2 * block) + (0 if cfg.use_peft else s * block)
     before = gradients if cfg.gradient_accumulation_steps > 1 else 0
-    end_of_forward = before + kept + cast + head_gradient + chunk
+    end_of_forward = before + saved + cast + head_gradient + chunk
     end_of_backward = gradients + head_gradient
     context = CONTEXT[cfg.device] * GIB
     live = weights + moments + gathered + max(end_of_forward, end_of_backward)
-    peak = (1 + WASTE) * live + context
-
-    passes = cfg.gradient_accumulation_steps
-    ring = (cfg.gpus - 1) / cfg.gpus
-    if sharded:  # gather for the forward and, blocks alone, for the backward; reduce once a step
-        sent = ring * (passes * s * (outside + 2 * blocks) + 4 * trained)
-    else:
-        sent = 2 * ring * 4 * trained
-    # A frozen weight saves its own gradient's product; checkpointing makes the forward again, of MLPs
-    # but for their last product, whose result nobody asks for.
-    again = {None: 0, "block": blocks, "mlp": 2 * D * config.intermediate_size * L}[recomputed]
-    products = (4 if cfg.use_peft else 6) * (blocks + V * D) + 2 * again
-    compute = products * N * passes / (cfg.tflops * 1e12)
-    return Plan(P, weights, moments, gradients, kept, cast, head_gradient + chunk, gathered,
-                WASTE * live, context, peak, sent, compute)
+    return {"weights": weights, "moments": moments, "gradients": gradients, "saved": saved,
+            "cast": cast, "head": head_gradient + chunk, "gathered": gathered, "waste": WASTE * live,
+            "context": context, "peak": (1 + WASTE) * live + context}
 
 
 def most_tokens(config: ModelConfig, cfg: PlanConfig) -> int:
-    """The largest `tokens` whose peak fits max_memory, in steps of 64; 0: not even one step."""
+    """The largest multiple of 64 tokens whose peak fits max_memory; 0 if not even 64 fit."""
     low, high = 0, 2**24 // 64
     while low < high:
         middle = (low + high + 1) // 2
-        if plan(config, replace(cfg, tokens=64 * middle)).peak <= cfg.max_memory * GIB:
+        if plan(config, replace(cfg, tokens=64 * middle))["peak"] <= cfg.max_memory * GIB:
             low = middle
         else:
             high = middle - 1
@@ -202,22 +167,15 @@ def most_tokens(config: ModelConfig, cfg: PlanConfig) -> int:
 
 def main(cfg: PlanConfig) -> None:
     config = read_shape(cfg.model_name_or_path)
-    result = plan(config, cfg)
-    print(f"{cfg.model_name_or_path}: {result.parameters:,} parameters, {cfg.stage}, {cfg.dtype}, "
-          f"{cfg.gpus} x {cfg.parallel}, {cfg.tokens:,} tokens in a forward pass\n")
-    print(table(["on each GPU", "GiB"],
-                [[text, f"{value / GIB:.2f}"] for name, text in TEXTS.items()
-                 if (value := getattr(result, name))]))
+    memory = plan(config, cfg)
+    parameters = count_parameters(config, cfg.lora_r if cfg.use_peft else 0)[0]
+    print(f"{cfg.model_name_or_path}: {parameters:,} parameters, {cfg.stage}, {cfg.dtype}, "
+          f"{cfg.gpus} x {cfg.parallel}, {cfg.tokens:,} tokens per forward\n")
+    print(table(["on each GPU", "GiB"], [[LABELS[name], f"{size / GIB:.2f}"]
+                                         for name, size in memory.items() if size]))
     most = most_tokens(config, cfg)
-    if most:
-        advice = f"at most about {most:,} tokens in a forward pass"
-    else:
-        advice = ("not even 64 tokens fit: use more GPUs with --parallel fsdp, "
-                  "--gradient_checkpointing True or --use_peft True")
-    fits = "fits" if result.peak <= cfg.max_memory * GIB else "does not fit"
+    advice = (f"at most about {most:,} tokens per forward" if most else
+              "not even 64 tokens fit: use more GPUs with --parallel fsdp, "
+              "--gradient_checkpointing True or --use_peft True")
+    fits = "fits" if memory["peak"] <= cfg.max_memory * GIB else "does not fit"
     print(f"\n{fits} {cfg.max_memory:g} GiB; {advice}")
-    if cfg.gpus > 1:
-        seconds = result.sent / (cfg.bandwidth * 1e9)
-        print(f"a step sends {result.sent / 1e9:.2f} GB from each GPU, {seconds:.3f} s at "
-              f"{cfg.bandwidth:g} GB/s, beside {result.compute_seconds:.3f} s of matrix products at "
-              f"{cfg.tflops:g} TFLOP/s")

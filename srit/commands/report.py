@@ -1,8 +1,9 @@
-"""`srit report`: one self-contained HTML page, and Markdown, of what a run found.
+"""`srit report`: the results of a run as one self-contained HTML page, and as Markdown.
 
-Everything is read from the run's own files; a stage that has not run is shown as missing.
+Everything is read from the run's files. Stages that have not run are left out.
 """
 
+import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import yaml
 from markupsafe import Markup
 
 from srit.commands.chart import line_chart
-from srit.grading.statistics import compare, wilson_interval
+from srit.grading.pairs import summarize_pairs
+from srit.grading.statistics import accuracy_rows, compare, summarize_generations
 from srit.runtime.files import InputError, atomic_write
-from srit.runtime.jsonl import read_jsonl
+from srit.runtime.jsonl import has_rows, read_jsonl
 from srit.runtime.run_dir import read_run
 
 LABELS = {"eval-base": "Baseline", "eval-sft": "Instructed", "eval-dpo": "Self-refined"}
@@ -28,7 +30,7 @@ CHARTS = (
     ("dpo", "Self-refine: reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("dpo", "Self-refine: log π(chosen), log π(rejected)", ("logps/chosen", "logps/rejected")),
 )
-EXAMPLES = 3  # of each kind
+EXAMPLES = 3  # per kind
 
 
 @dataclass
@@ -36,9 +38,9 @@ class ReportConfig:
     """Write report.html and report.md into a run directory."""
 
     run_dir: list[str]
-    """Directory of `srit run`; several (other seeds of the same recipe) add a combined table."""
+    """Directory of `srit run`. More (other seeds of the same recipe) add a combined table."""
     show_questions: bool = True
-    """False: name questions by id, for a page that must not pass on a data set's texts."""
+    """False: show the ids of questions instead of their texts, which may not be redistributed."""
 
 
 def main(cfg: ReportConfig) -> None:
@@ -46,7 +48,7 @@ def main(cfg: ReportConfig) -> None:
 
 
 def write_report(roots: list[Path], show_questions: bool = True) -> Path:
-    """report.html and report.md in the first of the run directories; the path of the page."""
+    """Write report.html and report.md into the first run directory. Returns the path of the page."""
     context = describe(roots[0])
     if not show_questions:
         for example in (row for group in context["examples"] for row in group["rows"]):
@@ -65,20 +67,33 @@ def write_report(roots: list[Path], show_questions: bool = True) -> Path:
     return roots[0] / "report.html"
 
 
+def label(name: str) -> str:
+    """Label of the model that an evaluation stage evaluated."""
+    return LABELS.get(name) or f"Self-refined, round {name.removeprefix('eval-dpo-')}"
+
+
+def read_results(root: Path) -> dict[str, dict]:
+    """{stage name: results.json} of every finished evaluation of a run."""
+    names = [*LABELS, *sorted(p.name for p in root.glob("eval-dpo-*"))]
+    files = {name: root / name / "results.json" for name in names}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
 def describe(root: Path) -> dict[str, Any]:
-    """Everything the page shows, as plain data."""
+    """Everything the report shows, as plain data."""
     recipe_file = root / "recipe.yaml"
     if not root.is_dir() or not any(root.glob("*/run.json")):
         raise InputError(f"{root}: no stage has run there; give the output_dir of `srit run`")
     recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
     runs = {p.parent.name: read_run(p.parent) for p in root.glob("*/run.json")}
-    models = [(name, label) for name, label in LABELS.items() if name in runs]
-    models += [(name, f"Self-refined, round {name[9:]}")
-               for name in sorted(runs) if name.startswith("eval-dpo-")]
-    models = [(name, label) for name, label in models if _rows(root / name / "generations.jsonl")]
-    generations = {name: _rows(root / name / "generations.jsonl") for name, _ in models}
+    results = read_results(root)
+    generations = {name: read_jsonl(root / name / "generations.jsonl") for name in results}
+    accuracy = accuracy_rows(list(results.values()))
+    for row in accuracy:
+        row["change"] = change(generations, row["datasets"])
     first = max(runs.values(), key=lambda run: run["finished"])
     pairs = _rows(root / "pair" / "pairs.jsonl")
+    curves = read_curves(root)
     return {
         "title": recipe.get("output_dir") and Path(recipe["output_dir"]).name or root.name,
         "model": Path(str(recipe.get("model_name_or_path", first.get("parent")))).name,
@@ -87,21 +102,23 @@ def describe(root: Path) -> dict[str, Any]:
         "stages": [{"name": name, "minutes": run.get("seconds", 0) / 60,
                     "finished": run["finished"]} for name, run in _in_order(runs)],
         "settings": _settings(recipe),
-        "models": models,
-        "accuracy": accuracy_rows(generations, recipe),
-        "verdicts": verdicts(generations, recipe),
-        "behaviour": behaviour(generations),
-        "charts": [Markup(chart) for chart in _charts(root)],
-        "warnings": warnings(root, pairs),
+        "labels": [label(name) for name in results],
+        "accuracy": accuracy,
+        "verdicts": verdicts(accuracy),
+        "behaviour": [{**summarize_generations(rows), "rows": len(rows)}
+                      for rows in generations.values()],
+        "curves": curves,
+        "charts": [Markup(chart) for _, title, series in curves
+                   if (chart := line_chart(title, list(series.items())))],
+        "warnings": warnings(curves, pairs),
         "counts": _counts(runs),
-        "pairs": pair_statistics(pairs),
+        "pairs": summarize_pairs(pairs) if pairs else None,
         "examples": examples(generations),
-        "markdown_curves": _curve_rows(root),
     }
 
 
 def _rows(path: Path) -> list[dict]:
-    return read_jsonl(path) if path.is_file() and path.stat().st_size else []
+    return read_jsonl(path) if has_rows(path) else []
 
 
 def _in_order(runs: dict) -> list[tuple[str, dict]]:
@@ -125,69 +142,34 @@ def _settings(recipe: dict) -> list[tuple[str, str]]:
     return shown
 
 
-def _in_domain(recipe: dict, dataset: str) -> bool | None:
-    names = (recipe.get("data") or {}).get("in_domain")
-    return dataset in names if names else None
-
-
-def _groups(generations: dict, recipe: dict) -> list[tuple[str, bool | None, list[str]]]:
-    """(name, in domain?, data sets): every data set, then the pooled domains."""
-    names = list(dict.fromkeys(r["dataset"] for rows in generations.values() for r in rows))
-    names.sort(key=lambda n: _in_domain(recipe, n) is False)
-    groups = [(name, _in_domain(recipe, name), [name]) for name in names]
-    for inside, title in ((True, "all in domain"), (False, "all out of domain")):
-        members = [n for n in names if _in_domain(recipe, n) is inside]
-        if members:
-            groups.append((title, inside, members))
-    return groups
-
-
-def accuracy_rows(generations: dict[str, list[dict]], recipe: dict) -> list[dict]:
-    """One row a data set and pooled domain: n, every model's accuracy, and the paired change."""
-    table = []
-    for name, inside, members in _groups(generations, recipe):
-        cells, n = [], 0
-        for rows in generations.values():
-            own = [r for r in rows if r["dataset"] in members]
-            if not own:
-                cells.append(None)
-                continue
-            n = len({(r["dataset"], r["id"]) for r in own})
-            accuracy = mean(r["correct"] for r in own)
-            cells.append({"accuracy": accuracy, "strict": mean(r["correct_strict"] for r in own),
-                          "interval": wilson_interval(accuracy * n, n)})
-        table.append({"name": name, "in_domain": inside, "pooled": len(members) > 1 or
-                      name.startswith("all "), "n": n, "cells": cells,
-                      "change": change(generations, members)})
-    return table
-
-
-def change(generations: dict[str, list[dict]], members: list[str]) -> dict | None:
-    """Self-refined against instructed on the same questions: points and McNemar's p."""
+def _before_and_after(generations: dict[str, list[dict]]) -> tuple[str, str] | None:
+    """Names of the instructed and the last self-refined model, if both were evaluated."""
     refined = [name for name in generations if name.startswith("eval-dpo")]
-    if "eval-sft" not in generations or not refined:
+    return ("eval-sft", refined[-1]) if refined and "eval-sft" in generations else None
+
+
+def change(generations: dict[str, list[dict]], datasets: list[str]) -> dict | None:
+    """Self-refined against instructed on the same questions: points and McNemar's p-value."""
+    names = _before_and_after(generations)
+    if names is None:
         return None
-    sides = []
-    for name in ("eval-sft", refined[-1]):
-        sides.append({(r["dataset"], r["id"]): r["correct"] for r in generations[name]
-                      if r["dataset"] in members and r["sample"] == 0})
-    if not sides[0] or sides[0].keys() != sides[1].keys():
+    before, after = ({(r["dataset"], r["id"]): r["correct"] for r in generations[name]
+                      if r["dataset"] in datasets and r["sample"] == 0} for name in names)
+    if not before or before.keys() != after.keys():
         return None
-    found = compare(*sides)
+    found = compare(before, after)
     return {"points": 100 * found.difference, "p": found.p_value, "fixed": found.only_b,
             "broken": found.only_a, "n": found.n}
 
 
-def verdicts(generations: dict[str, list[dict]], recipe: dict) -> list[str]:
-    """What the paired test says, in words, and no more than it says."""
+def verdicts(rows: list[dict]) -> list[str]:
+    """The paired test in words: a sentence per domain, or per data set if there are no domains."""
     sentences = []
-    for name, inside, members in _groups(generations, recipe):
-        if not name.startswith("all ") and inside is not None:
+    for row in rows:
+        found, inside = row["change"], row["in_domain"]
+        if found is None or not row["pooled"] and inside is not None:
             continue
-        found = change(generations, members)
-        if found is None:
-            continue
-        where = {True: "In domain", False: "Out of domain", None: name}[inside]
+        where = {True: "In domain", False: "Out of domain", None: row["name"]}[inside]
         if found["p"] < 0.05:
             what = "improved on" if found["points"] > 0 else "fell behind"
             sentences.append(f"{where}: the self-refined model {what} the instructed one by "
@@ -200,43 +182,24 @@ def verdicts(generations: dict[str, list[dict]], recipe: dict) -> list[str]:
     return sentences
 
 
-def behaviour(generations: dict[str, list[dict]]) -> list[dict]:
-    return [{"finished": mean(r["finished"] for r in rows),
-             "tokens": mean(r["n_tokens"] for r in rows),
-             "unparsed": sum(r["extracted"] is None for r in rows), "n": len(rows)}
-            for rows in generations.values()]
+def read_curves(root: Path) -> list[tuple[str, str, dict[str, list[tuple[int, float]]]]]:
+    """(stage, title, {metric: (step, value) points}) of every chart.
 
-
-def _metrics(root: Path, stage: str) -> list[dict]:
-    """Without nulls, the means of a window in which every step was skipped."""
-    return [{name: value for name, value in row.items() if value is not None}
-            for row in _rows(root / stage / "metrics.jsonl")]
-
-
-def _charts(root: Path) -> list[str]:
-    charts = []
+    A metric is null where every step was skipped; these points are left out.
+    """
+    curves = []
     for stage, title, names in CHARTS:
-        rows = _metrics(root, stage)
-        series = [(n, [(r["step"], r[n]) for r in rows if n in r]) for n in names]
-        charts.append(line_chart(title, series))
-    return [chart for chart in charts if chart]
+        rows = _rows(root / stage / "metrics.jsonl")
+        series = {name: [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+                  for name in names}
+        curves.append((stage, title, {name: points for name, points in series.items() if points}))
+    return curves
 
 
-def _curve_rows(root: Path) -> list[tuple[str, str, float, float]]:
-    """(stage, metric, first value, last value) for the Markdown page."""
+def warnings(curves: list[tuple[str, str, dict]], pairs: list[dict]) -> list[str]:
+    """Signs of common faults in preference training."""
     found = []
-    for stage, _, names in CHARTS:
-        for name in names:
-            values = [r[name] for r in _metrics(root, stage) if name in r]
-            if values:
-                found.append((stage, name, values[0], values[-1]))
-    return found
-
-
-def warnings(root: Path, pairs: list[dict]) -> list[str]:
-    """What a careful reader would point at."""
-    found = []
-    logps = [r["logps/chosen"] for r in _metrics(root, "dpo") if "logps/chosen" in r]
+    logps = [value for _, _, series in curves for _, value in series.get("logps/chosen", [])]
     if len(logps) >= 4:
         quarter = max(1, len(logps) // 4)
         fall = mean(logps[:quarter]) - mean(logps[-quarter:])
@@ -244,30 +207,16 @@ def warnings(root: Path, pairs: list[dict]) -> list[str]:
             found.append(f"log π(chosen) fell by {fall:.1f} nats from the first to the last quarter "
                          "of self-refinement: consider rpo_alpha or a lower learning rate.")
     if pairs:
-        statistics = pair_statistics(pairs)
-        ratio = statistics["chosen_length"] / max(1.0, statistics["rejected_length"])
+        summary = summarize_pairs(pairs)
+        ratio = summary["chosen_mean_characters"] / max(1.0, summary["rejected_mean_characters"])
         if ratio > 1.5:
-            found.append(f"Chosen answers are {ratio:.1f} times as long as rejected ones: length "
-                         "may be what is learnt.")
-        style = statistics["rejected_correct"] / len(pairs)
+            found.append(f"Chosen answers are {ratio:.1f} times as long as rejected ones: the model "
+                         "may learn length.")
+        style = summary["rejected_correct"] / len(pairs)
         if style > 0.1:
             found.append(f"In {100 * style:.0f} % of the pairs the rejected answer is right: they "
                          "teach style, not truth.")
     return found
-
-
-def pair_statistics(pairs: list[dict]) -> dict | None:
-    if not pairs:
-        return None
-
-    def length(side: str) -> float:
-        return mean(len(p[side][0]["content"]) for p in pairs)
-
-    return {"n": len(pairs), "from_self": sum(p["chosen_source"] == "self" for p in pairs),
-            "from_teacher": sum(p["chosen_source"] == "teacher" for p in pairs),
-            "rejected_correct": sum(p["rejected_correct"] for p in pairs),
-            "rejected_direct": sum(p["rejected_style"] == "direct" for p in pairs),
-            "chosen_length": length("chosen"), "rejected_length": length("rejected")}
 
 
 def _counts(runs: dict) -> list[dict]:
@@ -277,9 +226,9 @@ def _counts(runs: dict) -> list[dict]:
 
 
 def examples(generations: dict[str, list[dict]]) -> list[dict]:
-    """The first questions, in file order, of every kind: fixed, broken, both right, both wrong."""
-    refined = [name for name in generations if name.startswith("eval-dpo")]
-    if "eval-sft" not in generations or not refined:
+    """The first questions in file order of each kind: fixed, broken, both right, both wrong."""
+    names = _before_and_after(generations)
+    if names is None:
         return []
     by_key: dict[tuple, dict[str, dict]] = defaultdict(dict)
     for name, rows in generations.items():
@@ -292,7 +241,7 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
     for answers in by_key.values():
         if len(answers) != len(generations):
             continue
-        before, after = answers["eval-sft"], answers[refined[-1]]
+        before, after = (answers[name] for name in names)
         group = found[kinds[before["correct"], after["correct"]]]
         if len(group) < EXAMPLES:
             keys = ("id", "question", "answer", "dataset")
@@ -302,9 +251,9 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
 
 
 def combine(roots: list[Path]) -> dict:
-    """Several seeds: mean, lowest and highest accuracy of every cell."""
+    """Mean, lowest and highest accuracy over several seeds, for every cell of the table."""
     described = [describe(root) for root in roots]
-    labels = [label for _, label in described[0]["models"]]
+    labels = described[0]["labels"]
     rows = []
     for number, row in enumerate(described[0]["accuracy"]):
         cells = []

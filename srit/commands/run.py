@@ -1,7 +1,6 @@
-"""`srit run`: every stage of a recipe in turn, finished ones skipped, each in a process of its own."""
+"""`srit run`: run the stages of a recipe, each in its own process. Finished stages are skipped."""
 
 import dataclasses
-import json
 import signal
 import subprocess
 import sys
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from srit.commands.report import write_report
+from srit.commands.report import label, read_results, write_report
+from srit.grading.statistics import accuracy_rows
 from srit.launch import parse, to_flags
 from srit.recipe import KINDS, Stage, read_recipe, stages
 from srit.runtime import shutdown
@@ -22,22 +22,22 @@ from srit.runtime.table import table
 
 @dataclass
 class RunConfig:
-    """The whole method from one recipe: evaluate, instruct, evaluate, self-refine, evaluate."""
+    """Run the whole method from one recipe: evaluate, instruct, evaluate, self-refine, evaluate."""
 
     config: str
     """Recipe (YAML)."""
     output_dir: str | None = None
-    """Instead of the recipe's."""
+    """Overrides the recipe's."""
     seed: int | None = None
-    """Instead of the recipe's."""
+    """Overrides the recipe's."""
     device: str | None = None
-    """Instead of the recipe's."""
+    """Overrides the recipe's."""
     max_time: float = 0.0
-    """Minutes after which the run saves and ends, to be continued; 0: no limit."""
+    """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
 
 
 def is_finished(stage: Stage) -> bool:
-    """Whether the stage's directory holds this very stage, finished. Another one: InputError."""
+    """Whether the stage's directory holds this stage, finished. Another stage: InputError."""
     run = read_run(stage.output_dir)
     if run is None:
         return False
@@ -54,20 +54,20 @@ def is_finished(stage: Stage) -> bool:
 
 
 def run_stage(stage: Stage) -> None:
-    """Run one stage; its exit status other than 0 ends this process with the same."""
+    """Run one stage. If it fails, exit with its status; if it was stopped, raise Stopped."""
     command = [sys.executable, "-m", f"srit.train.{stage.kind}", *to_flags(stage.values)]
-    # In a session of its own: a Ctrl-C comes to us alone, and is passed on once.
+    # In its own session, so that Ctrl-C reaches only this process, which forwards it once.
     child = subprocess.Popen(command, start_new_session=True)
-    passed_on = False
+    forwarded = False
     try:
         while (status := _wait(child)) is None:
-            if shutdown.requested() and not passed_on:
+            if shutdown.requested() and not forwarded:
                 child.send_signal(signal.SIGTERM)
-                passed_on = True
+                forwarded = True
     finally:
-        child.terminate()  # when we are interrupted; one that has ended is left alone
-    # A stage that has not come to listen yet just ends.
-    if status and not (passed_on and status == -signal.SIGTERM):
+        child.terminate()  # if this process is interrupted; does nothing after the child's exit
+    # A child that had not installed its handler yet dies of the signal.
+    if status and not (forwarded and status == -signal.SIGTERM):
         sys.exit(status)
     if not is_finished(stage):
         raise shutdown.Stopped("the run stopped; the same command goes on from there")
@@ -107,20 +107,12 @@ def main(cfg: RunConfig) -> None:
 
 def accuracy_table(root: Path) -> str:
     """Accuracy of every evaluated model on every data set, as aligned text."""
-    names = {"eval-base": "baseline", "eval-sft": "instructed", "eval-dpo": "self-refined"}
-    found = [*names, *sorted(p.name for p in root.glob("eval-dpo-*"))]
-    results = {name: json.loads((root / name / "results.json").read_text()) for name in found
-               if (root / name / "results.json").is_file()}
+    results = read_results(root)
     if not results:
         return "no evaluation files: no accuracy"
-    header = ["data set", "n", *(names.get(r, r.replace("eval-dpo-", "round ")) for r in results)]
     lines = []
-    for file, first in next(iter(results.values()))["files"].items():
-        mark = " (out of domain)" if first["in_domain"] is False else ""
-        lines.append([first["dataset"] + mark, first["n"],
-                      *(f"{r['files'][file]['accuracy']:.1%}" for r in results.values())])
-    for key in ("in_domain", "out_of_domain"):
-        if all(r[key] for r in results.values()):
-            lines.append([f"all {key.replace('_', ' ')}", next(iter(results.values()))[key]["n"],
-                          *(f"{r[key]['accuracy']:.1%}" for r in results.values())])
-    return table(header, lines)
+    for row in accuracy_rows(list(results.values())):
+        mark = " (out of domain)" if row["in_domain"] is False and not row["pooled"] else ""
+        lines.append([row["name"] + mark, row["n"],
+                      *(f"{cell['accuracy']:.1%}" if cell else "–" for cell in row["cells"])])
+    return table(["data set", "n", *(label(name).lower() for name in results)], lines)

@@ -1,9 +1,9 @@
-"""Training files to rendered rows: what each stage reads, checks, filters and counts."""
+"""Training files to tokenized examples and pairs: read, checked, filtered and counted."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from srit.data.batches import shared_length
+from srit.data.batches import Example, Pair
 from srit.data.questions import check_question
 from srit.grading.answers import grade
 from srit.runtime.files import InputError
@@ -12,39 +12,13 @@ from srit.text.prompts import Rendered, question_messages, render, render_conver
 from srit.text.tokenizer import Tokenizer
 
 
-@dataclass
-class Example:
-    """One SFT row."""
-
-    id: str
-    tokens: Rendered
-
-
-@dataclass
-class Pair:
-    """One preference: the same prompt ids, then the chosen or the rejected completion."""
-
-    id: str
-    chosen: Rendered
-    rejected: Rendered
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.chosen.ids) + len(self.rejected.ids)
-
-    @property
-    def stream_length(self) -> int:
-        """Tokens that a forward pass reads: the common beginning stands there once."""
-        return self.num_tokens - shared_length([self.chosen, self.rejected])
-
-
 def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
              prompt_style: Sequence[str], filter_demos: bool) -> tuple[list[Example], Counts]:
     """SFT examples from demonstrations, or from TRL rows (`prompt`/`completion`, or `messages`).
 
-    A demonstration whose final answer is not the ground truth is dropped (`filter_demos`), and so
-    is a row longer than `max_length`; both are counted. Raises InputError for a malformed row
-    (file and line) and when nothing is left.
+    Demonstrations with a wrong final answer (`filter_demos`) and rows longer than `max_length` are
+    dropped and counted. Raises InputError for a malformed row, naming file and line, and when nothing
+    is left.
     """
     examples, counts = [], Counts("demonstrations")
     for file in files:
@@ -90,9 +64,9 @@ def read_pairs(files: Sequence[str], tokenizer: Tokenizer,
                max_length: int) -> tuple[list[Pair], Counts]:
     """Preference pairs: `prompt`, `chosen`, `rejected`, each a string or a message list.
 
-    Without `prompt`, chosen and rejected are conversations that share their first messages. A pair
-    is dropped, and counted, when a side is longer than `max_length` (a cut answer would be trained
-    as if it were whole), empty, or the same as the other.
+    Without `prompt`, chosen and rejected are conversations that share their first messages. A pair is
+    dropped and counted when a side is empty, both are the same, or one is longer than `max_length`:
+    a truncated answer would be trained as if it were complete.
     """
     pairs, counts = [], Counts("pairs")
     for file in files:
@@ -133,14 +107,14 @@ def _split_prompt(row: dict, where: str) -> tuple:
 
 
 def _is_empty(completion: object) -> bool:
-    """No text at all: a blank string, no message, or one blank message."""
+    """Whether it holds no text: a blank string, no message, or one blank message."""
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
         completion = completion[0].get("content")
     return not (completion.strip() if isinstance(completion, str) else completion)
 
 
-def _at(where: str, function, *arguments) -> Rendered:
-    """Call, with the row's place in front of whatever is wrong with it."""
+def _at(where: str, function: Callable[..., Rendered], *arguments: Any) -> Rendered:
+    """function(*arguments); an InputError gets the row's place in front."""
     try:
         return function(*arguments)
     except InputError as error:

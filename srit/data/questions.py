@@ -1,4 +1,4 @@
-"""Question and demonstration rows, checked as they are read."""
+"""Read and check question and demonstration rows."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ TASKS = ("math", "choice")
 
 
 def check_question(row: dict, where: str) -> dict:
-    """A question row as it should be, or InputError."""
+    """Return the row, or raise InputError if it is not a valid question."""
     for key in ("id", "task", "question", "answer"):
         require(row, key, str, where)
     if row["task"] not in TASKS:
@@ -32,13 +32,13 @@ def _read(path: str | Path, extra: tuple[str, ...]) -> list[dict]:
         for key in extra:
             require(row, key, str, where)
         if row["id"] in seen:
-            raise InputError(f"{where}: id {row['id']!r} stands already at {seen[row['id']]}")
+            raise InputError(f"{where}: duplicate id {row['id']!r}, first seen at {seen[row['id']]}")
         seen[row["id"]] = where
     return [row for _, row in lines]
 
 
 def read_questions(path: str | Path) -> list[dict]:
-    """Question rows: `id, task, question, answer`, and `choices` for multiple choice."""
+    """Question rows: `id`, `task`, `question`, `answer`, and `choices` for multiple choice."""
     return _read(path, ())
 
 
@@ -48,6 +48,6 @@ def read_demos(path: str | Path) -> list[dict]:
 
 
 def dataset_name(path: str | Path) -> str:
-    """`svamp` for svamp/dev.jsonl, `questions` for questions.jsonl."""
+    """`svamp` for svamp/dev.jsonl (or train, test), `questions` for questions.jsonl."""
     path = Path(path)
     return path.parent.name if path.stem in ("train", "dev", "test") else path.stem

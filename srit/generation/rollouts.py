@@ -1,12 +1,12 @@
-"""Questions in, graded generations out: what `sample` and `eval` have in common.
+"""Questions in, graded completions out: what train/sample.py and train/eval.py share.
 
-Rows are appended to a file as they end, and the file is put in order when all are there. A run that
-was killed goes on where it stopped, and ends with the same bytes as one that was not.
+Rows are appended to a file as they finish, and sorted when all are there. A killed run resumes where it
+stopped and ends with the same bytes as an uninterrupted one.
 """
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from srit.config import GenerateConfig
 from srit.data.questions import dataset_name, read_questions
-from srit.generation.engine import Request, Result, generate, request_seed, shared_prefix
+from srit.generation.engine import generate
+from srit.generation.params import Request, Result, SamplingParams, request_seed, shared_prefix
 from srit.generation.vllm import VLLM
 from srit.grading.answers import grade
 from srit.models import Decoder, load_model
 from srit.models.load import resolve
 from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError
-from srit.runtime.jsonl import cut_torn_line, has_rows, read_lines, write_jsonl
+from srit.runtime.jsonl import Counts, cut_torn_line, has_rows, read_jsonl, write_jsonl
 from srit.text.prompts import question_messages, render
 from srit.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,7 +33,7 @@ Key = tuple[str, str, str, int]  # dataset, id, prompt style, sample
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question in one prompt style, ready to be answered."""
+    """A question in one prompt style, rendered and tokenised."""
 
     row: dict
     file: str
@@ -47,25 +48,24 @@ class Prompt:
 
 def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokenizer,
                  limit: int | None) -> list[Prompt]:
-    """The questions of all files, each in all styles. Raises InputError for an id seen twice."""
+    """The questions of all files, each in all styles. Raises InputError for a duplicate id."""
     prompts, seen = [], {}
     for file in files:
         dataset = dataset_name(file)
         for row in read_questions(file)[:limit]:
             if (dataset, row["id"]) in seen:
-                raise InputError(f"{file}: id {row['id']!r} of data set '{dataset}' stands already "
-                                 f"in {seen[dataset, row['id']]}")
+                raise InputError(f"{file}: duplicate id {row['id']!r} in data set '{dataset}', first "
+                                 f"seen in {seen[dataset, row['id']]}")
             seen[dataset, row["id"]] = file
             for style in styles:
                 rendered = render(tokenizer, question_messages(row, style))
-                prompts.append(Prompt(row, file, dataset, style, tuple(rendered.ids),
-                                      rendered.text))
+                prompts.append(Prompt(row, file, dataset, style, tuple(rendered.ids), rendered.text))
     return prompts
 
 
 def load_for_generation(cfg: GenerateConfig,
                         device: torch.device) -> tuple[Decoder | VLLM, Tokenizer]:
-    """Model in cfg.dtype, its weights laid out for inference, and its tokenizer."""
+    """The model in cfg.dtype with its weights packed for inference, and its tokenizer."""
     tokenizer = load_tokenizer(cfg.model_name_or_path)
     if cfg.engine == "vllm":
         if distributed.world_size() > 1:
@@ -82,76 +82,93 @@ def load_for_generation(cfg: GenerateConfig,
     return model, tokenizer
 
 
-def fits(prompt: Prompt, model: Decoder | VLLM, max_new_tokens: int) -> bool:
-    """Whether prompt and completion stay within the positions that the model was built for."""
+def check_fit(prompts: Sequence[Prompt], model: Decoder | VLLM, max_new_tokens: int) -> None:
+    """Raise InputError for a prompt that is too long: without it, an accuracy would mean less."""
+    for prompt in prompts:
+        if not fits_context(prompt, model, max_new_tokens):
+            raise InputError(
+                f"{prompt.file}: {prompt.row['id']!r} has {len(prompt.ids)} prompt tokens, with "
+                f"--max_new_tokens {max_new_tokens} more than the "
+                f"{model.config.max_position_embeddings} positions of the model; lower it")
+
+
+def drop_too_long(prompts: Sequence[Prompt], model: Decoder | VLLM,
+                  max_new_tokens: int) -> tuple[list[Prompt], Counts]:
+    """The prompts that fit the model's context, counted. Raises InputError when none does."""
+    counts, kept = Counts("prompts"), [p for p in prompts if fits_context(p, model, max_new_tokens)]
+    counts.use(len(kept))
+    if len(kept) < len(prompts):
+        counts.drop(f"too long with max_new_tokens {max_new_tokens}", len(prompts) - len(kept))
+    if not kept:
+        raise InputError(f"nothing to answer: {counts}")
+    return kept, counts
+
+
+def fits_context(prompt: Prompt, model: Decoder | VLLM, max_new_tokens: int) -> bool:
+    """Whether prompt and completion stay within the positions of the model."""
     return len(prompt.ids) + max_new_tokens <= model.config.max_position_embeddings
 
 
-def _cache_bytes(cfg: GenerateConfig) -> int | None:
-    return int(cfg.max_cache_memory * 2**30) or None
+def generate_rollouts(model: Decoder | VLLM, tokenizer: Tokenizer, prompts: Sequence[Prompt],
+                      path: Path, cfg: GenerateConfig) -> list[dict]:
+    """Write `cfg.num_samples` graded rows per prompt to `path`, and return them in order.
 
-
-def answer_all(model: Decoder | VLLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], path: Path,
-               cfg: GenerateConfig) -> list[dict]:
-    """Write `cfg.num_samples` graded rows for every prompt to `path`, and return them in order.
-
-    Ranks share the questions; each appends to a file of its own, and rank 0 merges them.
+    Ranks share the questions; each appends to its own file, and rank 0 merges them. Raises Stopped
+    when the run was asked to end, and InputError when `path` holds rows of other questions.
     """
-    rank, world = distributed.rank(), distributed.world_size()
-    own = path if rank == 0 else path.with_suffix(f".rank{rank}{path.suffix}")
+    own = path if distributed.rank() == 0 else _rank_file(path, distributed.rank())
     cut_torn_line(own)
     distributed.barrier()
-    done = {row_key(row): (row["correct"], row["finished"]) for row in read_parts(path)}
+    done = {_key(row): (row["correct"], row["finished"]) for row in _read_all_ranks(path)}
     distributed.barrier()  # nobody appends before everybody has read
 
-    by_key = {p.key(s): (p, s) for p in prompts for s in range(cfg.num_samples)}
-    if unknown := done.keys() - by_key.keys():
-        raise InputError(f"{path}: holds rows that this run does not ask for, such as "
+    wanted = {p.key(s): (p, s) for p in prompts for s in range(cfg.num_samples)}
+    if unknown := done.keys() - wanted.keys():
+        raise InputError(f"{path}: has rows that this run does not ask for, such as "
                          f"{next(iter(unknown))}; have the questions changed?")
-    styles: dict[tuple[str, str], list[tuple[int, ...]]] = {}
-    for p in prompts:
-        styles.setdefault((p.dataset, p.row["id"]), []).append(p.ids)
-    number = {question: at for at, question in enumerate(styles)}
-    requests = [Request(key, p.ids, request_seed(cfg.seed, p.row["id"], s, p.style),
-                        shared_prefix(styles[p.dataset, p.row["id"]]))
-                for p in prompts if number[p.dataset, p.row["id"]] % world == rank
-                for s in range(cfg.num_samples) if (key := p.key(s)) not in done]
-    log = _Progress(len(by_key), list(done.values()), disable=rank > 0)
+    progress = _Progress(len(wanted), done.values())
     with open(own, "a", encoding="utf-8") as handle:
         def write(request: Request, result: Result) -> None:
-            prompt, sample = by_key[request.key]
-            row = make_row(prompt, sample, result, tokenizer, cfg)
+            row = make_row(*wanted[request.key], result, tokenizer, cfg)
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
             handle.flush()
-            log.add(row)
+            progress.add(row)
 
-        answer = model.generate if isinstance(model, VLLM) else partial(generate, model)
-        answer(requests, stop_ids=tokenizer.stop_ids, on_finish=write,
-               max_new_tokens=cfg.max_new_tokens, slots=cfg.per_device_batch_size,
-               cache_bytes=_cache_bytes(cfg), temperature=cfg.temperature, top_p=cfg.top_p,
-               top_k=cfg.top_k, min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty,
-               stop_strings=cfg.stop_strings, decode=tokenizer.decode, return_logps=cfg.return_logps,
-               prefix=shared_prefix([p.ids for p in prompts]), samples=cfg.num_samples,
-               should_stop=shutdown.requested)
-    log.close()
+        run = model.generate if isinstance(model, VLLM) else partial(generate, model)
+        run(_requests(prompts, done, cfg), SamplingParams.from_config(cfg),
+            stop_ids=tokenizer.stop_ids, decode=tokenizer.decode, slots=cfg.per_device_batch_size,
+            cache_bytes=_cache_bytes(cfg), prefix=shared_prefix([p.ids for p in prompts]),
+            readers_per_prompt=cfg.num_samples, on_finish=write, should_stop=shutdown.requested)
+    progress.close()
     distributed.barrier()
     if distributed.any_rank(shutdown.requested()):
-        raise shutdown.Stopped(f"stopped: {path} holds what was answered so far; the same command goes "
-                           "on from there")
-    rows = {row_key(row): row for row in read_parts(path)}
-    rows = [rows[key] for key in by_key]
+        raise shutdown.Stopped(f"stopped: {path} has the rows so far; the same command goes on from "
+                               "there")
+    rows = {_key(row): row for row in _read_all_ranks(path)}
+    rows = [rows[key] for key in wanted]
     distributed.barrier()
-    if rank == 0:
+    if distributed.rank() == 0:
         write_jsonl(path, rows)
-        for part in part_files(path):
+        for part in _rank_files(path):
             part.unlink()
     distributed.barrier()
     return rows
 
 
+def _requests(prompts: Sequence[Prompt], done: Collection[Key], cfg: GenerateConfig) -> list[Request]:
+    """This rank's requests, all samples of a question on one rank, without those already done."""
+    questions: dict[tuple[str, str], list[Prompt]] = {}
+    for prompt in prompts:
+        questions.setdefault((prompt.dataset, prompt.row["id"]), []).append(prompt)
+    own = list(questions.values())[distributed.rank() :: distributed.world_size()]
+    return [Request(p.key(s), p.ids, request_seed(cfg.seed, p.row["id"], s, p.style),
+                    shared_prefix([style.ids for style in styles]))
+            for styles in own for p in styles for s in range(cfg.num_samples) if p.key(s) not in done]
+
+
 def make_row(prompt: Prompt, sample: int, result: Result, tokenizer: Tokenizer,
              cfg: GenerateConfig) -> dict:
-    """A row of samples.jsonl: the question, the generation up to a stop string, and its grade."""
+    """A row of samples.jsonl: the question, the completion up to a stop string, and its grade."""
     text = tokenizer.decode(result.ids)
     text = text[: min((at for s in cfg.stop_strings if (at := text.find(s)) >= 0), default=None)]
     judged = grade(text, prompt.row)
@@ -166,31 +183,39 @@ def make_row(prompt: Prompt, sample: int, result: Result, tokenizer: Tokenizer,
     } | logps
 
 
-def row_key(row: dict) -> Key:
+def _cache_bytes(cfg: GenerateConfig) -> int | None:
+    return int(cfg.max_cache_memory * 2**30) or None
+
+
+def _key(row: dict) -> Key:
     return row["dataset"], row["id"], row["prompt_style"], row["sample"]
 
 
-def part_files(path: Path) -> list[Path]:
-    """What ranks above 0 have written."""
-    return sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+def _rank_file(path: Path, rank: int | str) -> Path:
+    return path.with_suffix(f".rank{rank}{path.suffix}")
 
 
-def read_parts(path: Path) -> list[dict]:
+def _rank_files(path: Path) -> list[Path]:
+    """The files of ranks above 0."""
+    return sorted(path.parent.glob(_rank_file(path, "*").name))
+
+
+def _read_all_ranks(path: Path) -> list[dict]:
     """The rows that all ranks have written so far."""
-    files = filter(has_rows, (path, *part_files(path)))
-    return [row for file in files for _, row in read_lines(file)]
+    files = filter(has_rows, (path, *_rank_files(path)))
+    return [row for file in files for row in read_jsonl(file)]
 
 
 class _Progress:
-    """A bar with speed, running accuracy and share of finished texts; of rank 0's part."""
+    """A bar with rank 0's speed, running accuracy and share of finished completions."""
 
-    def __init__(self, total: int, done: Sequence[tuple[bool, bool]], disable: bool) -> None:
+    def __init__(self, total: int, done: Collection[tuple[bool, bool]]) -> None:
         self.n, self.tokens = len(done), 0
         self.correct, self.finished = (sum(row[i] for row in done) for i in (0, 1))
         self.started = time.perf_counter()
         world = distributed.world_size()
         self.bar = tqdm(total=total // world, initial=self.n // world, unit="sample",
-                        dynamic_ncols=True, disable=disable)
+                        dynamic_ncols=True, disable=distributed.rank() > 0)
 
     def add(self, row: dict) -> None:
         self.n, self.tokens = self.n + 1, self.tokens + row["n_tokens"]

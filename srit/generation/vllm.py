@@ -1,24 +1,25 @@
-"""The interface of srit.sampling.generate on vLLM, for those who have it (extra: vllm).
+"""srit.generation.engine.generate on vLLM, for those who have it (extra: vllm).
 
-Same requests, settings, results and calls back. What differs: vLLM's kernels sum in an order that
-depends on the batch, so a text is not the same bits from run to run as it is with our own engine.
+Same requests, params, results and callbacks. The difference: vLLM's kernels sum in an order that
+depends on the batch, so its texts are not reproducible bit for bit as those of our engine are.
 """
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 
-from srit.generation.engine import Request, Result, check_sampling
+from srit.generation.params import Request, Result, SamplingParams
 from srit.models.load import read_config
 from srit.runtime.files import InputError
 
 
 class VLLM:
-    """A checkpoint served by vLLM; `config` as in our own Decoder.
+    """A checkpoint served by vLLM; `config` as in our Decoder.
 
     Args:
-        path: a directory in Hugging Face layout. slots: sequences decoded together. cache_bytes: for
-        keys and values; None leaves it to vLLM, which takes nearly all of the GPU.
-    Raises InputError when vLLM is not installed or the path is no such directory.
+        path: a directory in Hugging Face layout. slots: sequences that decode together. cache_bytes:
+        size of the KV cache; None leaves it to vLLM, which takes nearly all of the GPU. needs_text:
+        whether there are stop strings.
+    Raises InputError when vLLM is not installed or `path` is not a directory.
     """
 
     def __init__(self, path: Path, dtype: str, slots: int, cache_bytes: int | None,
@@ -33,32 +34,29 @@ class VLLM:
                              "install 'srit[vllm]'`, or use --engine srit") from error
         memory = {} if cache_bytes is None else {"kv_cache_memory_bytes": cache_bytes}
         self.config = read_config(path)
-        # Only stop strings need vLLM's own tokenizer: prompts are ids, and so are answers.
+        # Prompts and answers are token ids: only stop strings need vLLM's own tokenizer.
         self.engine = LLM(str(path), dtype=dtype, max_num_seqs=slots, enable_prefix_caching=True,
                           skip_tokenizer_init=not needs_text, trust_remote_code=False,
                           **memory).llm_engine
 
-    def generate(self, requests: Sequence[Request], *, stop_ids: Collection[int],
-                 max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-                 min_p: float = 0.0, repetition_penalty: float = 1.0, stop_strings: Sequence[str] = (),
-                 return_logps: bool = False,
+    def generate(self, requests: Sequence[Request], params: SamplingParams, *,
+                 stop_ids: Collection[int],
                  on_finish: Callable[[Request, Result], None] = lambda request, result: None,
                  should_stop: Callable[[], bool] = lambda: False,
-                 **settled: object) -> dict[Hashable, Result]:
-        """As srit.sampling.generate, whose other settings were settled with the engine's start."""
-        from vllm import SamplingParams
+                 **fixed: object) -> dict[Hashable, Result]:
+        """As srit.generation.engine.generate; its other settings were fixed when the engine started."""
+        import vllm
         from vllm.sampling_params import RequestOutputKind
 
-        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens)
         for number, request in enumerate(requests):
             self.engine.add_request(
                 str(number), {"prompt_token_ids": list(request.prompt_ids)},
-                SamplingParams(
-                    temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-                    repetition_penalty=repetition_penalty, seed=request.seed % 2**63,
-                    max_tokens=max_new_tokens, stop=list(stop_strings),
-                    stop_token_ids=sorted(stop_ids), ignore_eos=True, detokenize=bool(stop_strings),
-                    logprobs=0 if return_logps else None,
+                vllm.SamplingParams(
+                    temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+                    min_p=params.min_p, repetition_penalty=params.repetition_penalty,
+                    seed=request.seed % 2**63, max_tokens=params.max_new_tokens,
+                    stop=list(params.stop_strings), stop_token_ids=sorted(stop_ids), ignore_eos=True,
+                    detokenize=bool(params.stop_strings), logprobs=0 if params.return_logps else None,
                     output_kind=RequestOutputKind.FINAL_ONLY))
         results: dict[Hashable, Result] = {}
         while self.engine.has_unfinished_requests():
@@ -68,13 +66,14 @@ class VLLM:
                 break
             for output in self.engine.step():
                 request = requests[int(output.request_id)]
-                results[request.key] = result = _result(output.outputs[0], request, return_logps)
+                result = _result(output.outputs[0], request, params.return_logps)
+                results[request.key] = result
                 on_finish(request, result)
         return results
 
 
 def _result(output, request: Request, return_logps: bool) -> Result:
-    """vLLM's answer as ours: without the stop token, but with a stop string's tokens."""
+    """vLLM's output as a Result: without the stop token, but with the tokens of a stop string."""
     if output.finish_reason not in ("stop", "length"):
         raise InputError(f"{request.key}: vLLM gave up on the request ({output.finish_reason})")
     ids = list(output.token_ids)

@@ -1,7 +1,7 @@
-"""What a completion answers, and whether that is right: one judge for filter, reward and evaluation.
+"""Extract and grade the answer of a completion; the one grader for filtering, pairs and evaluation.
 
-strict: the last answer that the text states in so many words ("the answer is 7", "#### 7",
-"\\boxed{7}"). flexible: that, or else the last number (math) or letter (choice) of the text.
+strict: the last answer that the text states explicitly ("the answer is 7", "#### 7", "\\boxed{7}").
+flexible: the same, or else the last number (math) or letter (choice) of the text.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-TOLERANCE = Fraction(1, 10**6)  # relative: 0.6666666666666667 is 2/3, 0.67 is not
+TOLERANCE = Fraction(1, 10**6)  # relative; 0.6666666666666667 equals 2/3, 0.67 does not
 
 NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>[-+\u2212]\s?)?(?:[$\u20ac\u00a3]\s?)?(?P<inner>[-\u2212])?"
@@ -26,7 +26,7 @@ CLAUSE_END = re.compile(r"\n|[.!?](?=\s|$)|;")
 
 @dataclass(frozen=True)
 class Grade:
-    """What was extracted, flexibly and strictly, and whether it equals the ground truth."""
+    """Flexible and strict answer, and whether each equals the ground truth."""
 
     extracted: str | None
     correct: bool
@@ -50,13 +50,13 @@ def _value(match: re.Match) -> Fraction | None:
 
 
 def numbers(text: str) -> list[Fraction]:
-    """Every number of the text: 1,234.5  $3  -2  3/4  1 1/2  2e3  \\frac{3}{4}."""
+    """All numbers of the text: 1,234.5  $3  -2  3/4  1 1/2  2e3  \\frac{3}{4}."""
     text = LATEX_FRACTION.sub(r"\1/\2", text)
     return [value for value in map(_value, NUMBER.finditer(text)) if value is not None]
 
 
 def _clauses(text: str) -> list[str]:
-    """What follows each "the answer is", up to the end of its clause; the last one first."""
+    """The rest of the clause after each "the answer is", last one first."""
     found = []
     for cue in STATED.finditer(text):
         rest = text[cue.end() : cue.end() + 200].lstrip(" :*\n")
@@ -66,7 +66,7 @@ def _clauses(text: str) -> list[str]:
 
 
 def extract_number(text: str, strict: bool = False) -> Fraction | None:
-    """The number a text answers with. Of "is 5 + 3 = 8" it is what stands behind the last "="."""
+    """The number a text answers with; in an equation such as "is 5 + 3 = 8", its right-hand side."""
     for clause in _clauses(text):
         found = numbers(clause.rpartition("=")[2]) or numbers(clause)
         if found:
@@ -78,8 +78,8 @@ def extract_number(text: str, strict: bool = False) -> Fraction | None:
 
 
 def extract_letter(text: str, choices: Mapping[str, str], strict: bool = False) -> str | None:
-    """The letter a text answers with. Of several at once ("(A) or (B)") the flexible answer is the
-    first, and there is no strict one."""
+    """The letter a text answers with. If it names several ("(A) or (B)"), the flexible answer is the
+    first and there is no strict one."""
     for clause in _clauses(text):
         letters = _letters(clause, choices)
         if letters and (len(set(letters)) == 1 or not strict):
@@ -95,7 +95,7 @@ def extract_letter(text: str, choices: Mapping[str, str], strict: bool = False) 
 
 
 def _letters(text: str, choices: Mapping[str, str]) -> list[str]:
-    """Letters that stand for choices: (B)  B)  B.  option B; a bare "A" or "I" may be a word."""
+    """Letters used as choices: (B)  B)  B.  option B  B. A bare "A" or "I" may be a word."""
     keys = "".join(re.escape(key) for key in choices if len(key) == 1)
     pattern = re.compile(rf"\(([{keys}])\)"
                          rf"|(?<![\w'])([{keys}])(?=\)|[.,:]?\s*$|[.,:]\s|\s+(?:or|and)\b|\s*\()"
@@ -109,14 +109,14 @@ def equal(a: Fraction, b: Fraction) -> bool:
 
 
 def show(value: Fraction | None) -> str | None:
-    """A number as text: 7, 0.75."""
+    """A number as text, such as 7 or 0.75."""
     if value is None:
         return None
     return str(value.numerator) if value.denominator == 1 else repr(float(value))
 
 
 def grade(text: str, row: Mapping) -> Grade:
-    """Judge a completion by its question row (`task`, `answer`, `choices`)."""
+    """Grade a completion against its question row (`task`, `answer`, `choices`)."""
     if row["task"] == "choice":
         loose, strict = (extract_letter(text, row["choices"], s) for s in (False, True))
         return Grade(loose, loose == row["answer"], strict, strict == row["answer"])

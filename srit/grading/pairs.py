@@ -1,7 +1,7 @@
-"""Preference pairs from graded samples: the policies, and why a question gave no pair.
+"""Preference pairs from graded samples: the pairing policies, and why a question gave no pair.
 
-Legend: w preferred (chosen), l dispreferred (rejected). Everything is decided per question, with a
-random generator seeded by (seed, question id), so the order of the input does not matter.
+w is the preferred (chosen) answer, l the dispreferred (rejected) one. Each question is handled alone,
+with a random generator seeded by (seed, question id), so the order of the input does not matter.
 """
 
 import random
@@ -18,7 +18,7 @@ from srit.text.prompts import question_messages
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer to a question, with what the audit wants to know."""
+    """One answer to a question, and where it comes from."""
 
     text: str
     style: str  # direct or cot
@@ -29,9 +29,9 @@ class Candidate:
 
 
 def paper(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
-    """w: a right CoT answer of the student, else the teacher's; l: an answer to the direct prompt.
+    """w: a right CoT answer of the student, else the teacher's. l: an answer to the direct prompt.
 
-    arXiv 2405.00402. A right l teaches style, not truth: the summary counts these pairs.
+    arXiv 2405.00402. A right l teaches style, not truth; `summarize_pairs` counts these pairs.
     """
     right = [c for c in own if c.style == "cot" and c.correct]
     direct = [c for c in own if c.style == "direct"]
@@ -39,14 +39,14 @@ def paper(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, s
 
 
 def correctness(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
-    """w: a right CoT answer of the student; l: a wrong one to the same prompt (2407.18248)."""
+    """w: a right CoT answer of the student. l: a wrong one to the same prompt (arXiv 2407.18248)."""
     cot = [c for c in own if c.style == "cot"]
     right, wrong = [c for c in cot if c.correct], [c for c in cot if not c.correct]
     return right, wrong, _why(right, wrong, "every CoT answer right")
 
 
 def mixed(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
-    """w: as in `paper`; l: any wrong answer of the student, with or without the CoT prompt."""
+    """w: as in `paper`. l: any wrong answer of the student, with or without the CoT prompt."""
     right = [c for c in own if c.style == "cot" and c.correct]
     wrong = [c for c in own if not c.correct]
     return right or teacher, wrong, _why(right or teacher, wrong, "every answer right")
@@ -64,14 +64,14 @@ def _why(chosen: list[Candidate], rejected: list[Candidate], none_rejected: str)
 def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "paper",
                 pair_prompt: str = "cot", selection: str = "uniform", max_pairs_per_question: int = 1,
                 seed: int = 0) -> tuple[list[dict], list[Counts]]:
-    """Pairs, and the counts of samples and of questions: used, or dropped by reason.
+    """Preference pairs, and the counts of samples and of questions.
 
     Args:
-        samples: graded rows of train/sample.py. demos: teacher demonstrations of the same questions;
-            those with a wrong answer are left aside.
-        pair_prompt: the prompt style of the pair's prompt. selection: which of the possible pairs
-            are kept, `uniform` or `closest_length` (closest number of characters).
-    Raises InputError for an unknown policy, or two different texts for one sample.
+        samples: graded rows of train/sample.py.
+        demos: teacher demonstrations of the same questions; wrong ones are ignored.
+        pair_prompt: prompt style of the pair's prompt.
+        selection: which possible pairs to keep: `uniform`, or `closest_length` (in characters).
+    Raises InputError for an unknown policy, or if one sample has two different texts.
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r}: must be one of {', '.join(POLICIES)}")
@@ -98,7 +98,7 @@ def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "p
 
 
 def _usable(samples: Sequence[dict]) -> tuple[dict, dict, Counts]:
-    """Finished, non-empty, distinct answers by question."""
+    """Questions, and their finished, non-empty and distinct answers."""
     counts = Counts("samples")
     questions: dict[str, dict] = {}
     own: dict[str, list[Candidate]] = defaultdict(list)
@@ -132,7 +132,7 @@ def _select(possible: list[tuple[Candidate, Candidate]], selection: str, most: i
         possible.sort(key=lambda pair: abs(len(pair[0].text) - len(pair[1].text)))
     picked: list[tuple[Candidate, Candidate]] = []
     for w, r in possible:
-        # A text twice on the same side would weigh double.
+        # A text twice on the same side would count double.
         if len(picked) < most and all(w is not a and r is not b for a, b in picked):
             picked.append((w, r))
     return picked
@@ -154,8 +154,8 @@ def _row(question: dict, w: Candidate, r: Candidate, policy: str, pair_prompt: s
     }
 
 
-def summarize(pairs: Sequence[dict]) -> dict[str, float]:
-    """What the pairs teach: where they come from, how many teach style only, how long they are."""
+def summarize_pairs(pairs: Sequence[dict]) -> dict[str, float]:
+    """Origin, correctness and length of the two sides of all pairs."""
     return {
         "pairs": len(pairs),
         "chosen_from_teacher": sum(p["chosen_source"] == "teacher" for p in pairs),

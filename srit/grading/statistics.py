@@ -1,7 +1,7 @@
-"""Statistics of evaluation: accuracies with their uncertainty, pure functions on lists of rows.
+"""Statistics of evaluation: accuracies with their uncertainty, as pure functions.
 
-A row is one graded generation: `id, sample, correct, correct_strict, extracted, finished,
-n_tokens`. Accuracy is flexible unless it says strict (see srit/answers.py).
+A generation is one graded row: `id`, `sample`, `correct`, `correct_strict`, `extracted`, `finished`,
+`n_tokens`. Accuracy means the flexible one unless it says strict (see answers.py).
 """
 
 import math
@@ -15,7 +15,7 @@ Z95 = 1.959963984540054
 def wilson_interval(correct: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927), 95 % by default.
 
-    Unlike p ± z·sqrt(p(1-p)/n) it is right for small n and for p near 0 or 1.
+    Unlike p ± z·sqrt(p(1-p)/n), it also holds for small n and for p near 0 or 1.
     """
     if n == 0:
         return 0.0, 1.0
@@ -26,7 +26,7 @@ def wilson_interval(correct: float, n: int, z: float = Z95) -> tuple[float, floa
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that at least one of k samples is right, of n drawn with `correct` right.
+    """Probability that at least one of k samples is right, estimated from n of which c are right.
 
     1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374, eq. 1).
     """
@@ -36,20 +36,20 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def majority_correct(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
-    """Whether the most frequent answer is right; of equally frequent ones the first to appear.
+    """Whether the most frequent answer is right; in a tie the first to appear wins.
 
-    Samples without an answer do not vote. Without any vote the question is wrong.
+    Samples without an answer do not vote. A question without votes counts as wrong.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return False
-    winner = votes.most_common(1)[0][0]  # Counter keeps the order of appearance among equals
+    winner = votes.most_common(1)[0][0]  # ties keep the order of appearance
     return correct[list(answers).index(winner)]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same questions: how many both, one or none got right, and McNemar's p."""
+    """Two models on the same n questions: right in both, in only one, and McNemar's p-value."""
 
     n: int
     both: int
@@ -66,8 +66,8 @@ class Paired:
 def compare(a: Mapping[str, bool], b: Mapping[str, bool]) -> Paired:
     """Exact two-sided McNemar test (1947) of two models' results by question.
 
-    Only questions that exactly one of them got right count: under "equally good" each is a fair
-    coin, so p = min(1, 2 · P(Binomial(only_a + only_b, 1/2) <= min(only_a, only_b))).
+    Only questions that exactly one of them got right count. If both are equally good, each of these
+    is a fair coin flip, so p = min(1, 2 · P(Binomial(only_a + only_b, 1/2) <= min(only_a, only_b))).
     Raises ValueError unless both answered the same questions.
     """
     if a.keys() != b.keys() or not a:
@@ -81,12 +81,12 @@ def compare(a: Mapping[str, bool], b: Mapping[str, bool]) -> Paired:
     return Paired(len(a), both, only_a, only_b, min(1.0, 2 * tail / 2**n))
 
 
-def summarise(rows: Iterable[dict]) -> dict:
-    """Accuracy of a set of generations, with everything needed to judge it.
+def summarize_generations(rows: Iterable[dict]) -> dict:
+    """Accuracy of a set of generations, with its interval, and how they ended.
 
-    With several samples a question, accuracy is their mean; n and the interval still count
-    questions, since samples of one question are not independent. pass@k (k = 1, 2, 4, ... and all)
-    and maj@k are added then.
+    With several samples per question, accuracy is their mean. n and the interval still count
+    questions, because samples of one question are not independent; pass@k (k = 1, 2, 4, ... and all)
+    and maj@k are added.
     """
     rows = list(rows)
     questions: dict[str, list[dict]] = defaultdict(list)
@@ -118,7 +118,7 @@ def summarise(rows: Iterable[dict]) -> dict:
 
 
 def pool(files: Sequence[dict]) -> dict | None:
-    """Several files as one: `accuracy` over all questions, `macro_accuracy` over the files."""
+    """Pool files: `accuracy` over questions, `macro_accuracy` over files. None if there are none."""
     n = sum(file["n"] for file in files)
     if n == 0:
         return None
@@ -130,3 +130,27 @@ def pool(files: Sequence[dict]) -> dict | None:
     return {"n": n, "accuracy": accuracy, "accuracy_strict": mean("accuracy_strict"),
             "interval": list(wilson_interval(accuracy * n, n)),
             "macro_accuracy": sum(file["accuracy"] for file in files) / len(files)}
+
+
+def accuracy_rows(results: Sequence[dict]) -> list[dict]:
+    """The accuracy table of several models: data sets, in-domain ones first, then pooled domains.
+
+    Args:
+        results: results.json (train/eval.py) of each model.
+    Returns:
+        Rows of `name`, `in_domain` (None if no domain was named), `datasets`, `pooled`, `n`, and
+        `cells`: per model its `accuracy`, `accuracy_strict` and `interval`, None without evaluation.
+    """
+    files = [list(result["files"].values()) for result in results]
+    domains = {file["dataset"]: file["in_domain"] for own in files for file in own}
+    names = sorted(domains, key=lambda name: domains[name] is False)
+    groups = [(name, domains[name], [name], False) for name in names]
+    for title, inside in (("all in domain", True), ("all out of domain", False)):
+        if members := [name for name in names if domains[name] is inside]:
+            groups.append((title, inside, members, True))
+    rows = []
+    for name, inside, members, pooled in groups:
+        cells = [pool([file for file in own if file["dataset"] in members]) for own in files]
+        rows.append({"name": name, "in_domain": inside, "datasets": members, "pooled": pooled,
+                     "n": max(cell["n"] for cell in cells if cell), "cells": cells})
+    return rows

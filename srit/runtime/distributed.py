@@ -1,4 +1,4 @@
-"""One process or many: started by torchrun these calls talk, started by python they do nothing."""
+"""Process group and collectives. Without torchrun there is one rank and every call is a no-op."""
 
 import os
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ Item = TypeVar("Item")
 
 
 def setup(device: str, timeout: float = 86400) -> torch.device:
-    """The device of this rank; joins the process group when torchrun started us.
+    """This rank's device. Joins the process group if torchrun started this process.
 
-    A collective fails when a rank has died, or has not come after `timeout` seconds.
+    A collective fails when another rank dies or does not join within `timeout` seconds.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,12 +35,12 @@ def setup(device: str, timeout: float = 86400) -> torch.device:
     return torch.device("cpu")
 
 
-def shutdown() -> None:
-    """Leave the process group, all ranks together.
+def leave_process_group() -> None:
+    """Wait for all ranks, then destroy the process group.
 
-    A gloo thread lets go of the last tensor it reduced a moment after the caller has the result. A
-    rank that ends in that moment is aborted; a barrier, which holds no tensor of Python's, waits
-    for it, and for rank 0 to have written its files.
+    gloo's thread releases the tensor of the last collective shortly after the caller has the result,
+    and a process that exits in between is aborted. The barrier holds no Python tensor, so it closes
+    that window; it also waits until rank 0 has written its files.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -61,19 +61,19 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
 
 
 def cpu_group() -> dist.ProcessGroup | None:
-    """A group of all ranks with its own channels, for a thread beside the training."""
+    """A second group of all ranks, for a thread that communicates while training does."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over all ranks, in place; the tensor itself in a single process."""
+    """Sum `value` over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is true on some rank; through the CPU, so that no GPU is waited for."""
+    """Whether `flag` is true on any rank. Uses a CPU tensor, so that no GPU is synchronized."""
     return bool(all_reduce_sum(torch.tensor(float(flag))))
 
 
@@ -83,9 +83,9 @@ def from_rank_0(value: int) -> int:
 
 
 def pad_to_longest_rank(own: Sequence[Item], filler: Item) -> list[tuple[Item, float]]:
-    """This rank's items, each with weight 1, and fillers of weight 0 up to the longest rank's number.
+    """This rank's items (weight 1), padded with fillers (weight 0) so all ranks run equally many.
 
-    A forward pass of a sharded model is a collective: every rank must make as many.
+    Every forward of a sharded model is a collective.
     """
     counts = torch.zeros(world_size(), dtype=torch.int64)
     counts[rank()] = len(own)

@@ -1,4 +1,4 @@
-"""The error that is the user's to mend, and writing that never leaves half a file."""
+"""InputError, the error a user can fix, and atomic writes of files and directories."""
 
 import os
 import shutil
@@ -10,11 +10,11 @@ from typing import IO
 
 
 class InputError(Exception):
-    """Bad input from outside (flag, file, checkpoint): one line, shown without a traceback."""
+    """Bad flag, file or checkpoint. The command line shows the message without a traceback."""
 
 
 def _fsync(path: Path) -> None:
-    """A file's bytes, or a directory's names."""
+    """Flush a file's bytes, or a directory's entries, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -24,7 +24,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write a file at, which takes its place when the block ends well."""
+    """Yield a temporary path beside `path`; it replaces `path` if the block raises no error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -32,7 +32,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files only their owner can read
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600
         _fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -43,7 +43,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file beside `path`, and rename it to `path` only when the block ends without an error."""
+    """Open a temporary file beside `path`; it replaces `path` if the block raises no error."""
     with atomic_path(path) as temporary:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
             yield handle
@@ -51,7 +51,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Fill a directory beside `path`, and put it in the place of `path` when the block ends well."""
+    """Yield a temporary directory beside `path`; it replaces `path` if the block raises no error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -72,8 +72,8 @@ def fsync_tree(directory: Path) -> None:
 
 
 def rename_over(directory: Path, path: Path) -> None:
-    """Put `directory` in the place of `path`."""
-    if path.exists():  # a directory cannot be renamed over a non-empty one
+    """Rename `directory` to `path`, replacing what is there."""
+    if path.exists():  # os.rename refuses to replace a non-empty directory
         old = directory.with_suffix(".old")
         os.rename(path, old)
         os.rename(directory, path)
@@ -84,7 +84,7 @@ def rename_over(directory: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, or a directory with all that is in it."""
+    """Delete a file or a whole directory tree."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

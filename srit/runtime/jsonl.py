@@ -1,4 +1,4 @@
-"""JSON Lines in and out, checked row by row, and the counts every stage prints."""
+"""Read and write JSON Lines with every row checked, and count what each stage used and dropped."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from srit.runtime.files import InputError, atomic_write
 
 
 def read_lines(path: str | Path) -> list[tuple[str, dict]]:
-    """(place, row) of a JSON Lines file; place is "file:line". Raises InputError naming it."""
+    """(place, row) of every row, where place is "file:line". Raises InputError naming the place."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -42,7 +42,7 @@ def has_rows(path: Path) -> bool:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Drop a last line that a killed run did not write to its end."""
+    """Drop an incomplete last line, which a killed run leaves behind."""
     if path.is_file():
         data = path.read_bytes()
         with open(path, "r+b") as handle:
@@ -50,13 +50,14 @@ def cut_torn_line(path: Path) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write rows atomically, one JSON object a line, UTF-8."""
+    """Write rows atomically: one JSON object per line, UTF-8."""
     with atomic_write(path) as handle:
         for row in rows:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def require(row: dict, key: str, kind: type, where: str) -> None:
+    """Raise InputError unless the row has this field with this type."""
     if key not in row:
         raise InputError(f"{where}: the row has no field '{key}' (it has {sorted(row)})")
     if not isinstance(row[key], kind):
@@ -66,7 +67,7 @@ def require(row: dict, key: str, kind: type, where: str) -> None:
 
 
 class Counts:
-    """Rows in = used + dropped by reason. Every row that enters a stage is counted once."""
+    """Rows in = used + dropped by reason. Each row is counted once."""
 
     def __init__(self, name: str) -> None:
         self.name, self.used, self.dropped = name, 0, Counter()

@@ -1,4 +1,4 @@
-"""run.json: what a directory holds, how it was made, and whether it is finished."""
+"""run.json: the stage, settings, versions and state of an output directory."""
 
 import dataclasses
 import json
@@ -14,32 +14,32 @@ import torch
 from srit.runtime.files import InputError, atomic_write, remove
 from srit.runtime.jsonl import Counts
 
-# These may differ between the start of a run and its continuation: they do not change its rows.
+# Settings that may change when a run resumes: what it has computed so far stays valid.
 CHANGEABLE = {
     "output_dir", "device", "overwrite_output_dir", "resume_from_checkpoint", "max_steps",
     "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "per_device_batch_size", "max_time", "max_skipped_steps",
     "async_save", "parallel", "ddp_timeout", "max_cache_memory",
 }
-# These as well, when the product with the number of ranks stays: a checkpoint is checked for that.
+# These may change too, if their product with the number of ranks stays; checkpoint.py checks that.
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 ARTEFACTS = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json", "samples.jsonl",
              "pairs.jsonl", "results.json")
 
 
 def read_run(output_dir: str | Path) -> dict | None:
-    """run.json of a directory, None where there is none."""
+    """run.json of a directory, or None if it has none."""
     path = Path(output_dir) / "run.json"
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); remove the directory and run again") from None
+        raise InputError(f"{path}: not JSON ({error}); delete the directory and run again") from None
 
 
 def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -> str | None:
-    """The first setting that differs and matters, as text; None when the run is the same."""
+    """The first setting that differs and may not, as text; None if there is none."""
     for key in new:
         if key not in changeable and old.get(key) != new[key]:
             return f"{key} was {old.get(key)!r}, now {new[key]!r}"
@@ -47,17 +47,17 @@ def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -
 
 
 def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
-    """Make `output_dir` this run's own, or raise InputError when it holds another run.
+    """Mark `output_dir` as this run's. Raises InputError if it holds another run.
 
-    It may hold the same run (same stage and settings), which then goes on. With
-    `cfg.overwrite_output_dir` a directory that holds a run is emptied first.
+    A run with the same stage and settings is resumed. With `cfg.overwrite_output_dir`, a directory
+    that holds a run is deleted first.
     """
     output_dir = Path(output_dir)
     run = read_run(output_dir)
     if run is not None and cfg.overwrite_output_dir:
         shutil.rmtree(output_dir)
         run = None
-    other = "choose another --output_dir, or --overwrite_output_dir True"
+    other = "choose another --output_dir or use --overwrite_output_dir True"
     if run is None:
         for name in ARTEFACTS:
             if (output_dir / name).exists():
@@ -66,7 +66,7 @@ def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
         raise InputError(f"{output_dir} already holds a run of stage '{run['stage']}'; {other}")
     elif difference := config_difference(run["config"], dataclasses.asdict(cfg), CHANGEABLE | BATCH):
         raise InputError(f"{output_dir} already holds another run: {difference}; {other}")
-    # What a killed run had begun to write. In a directory that was nobody's, only what is surely ours.
+    # Delete temporary files of a killed run. Without a run here, only those that are surely ours.
     for pattern in (".*.tmp", ".*.old") if run is not None else (".run.json.*.tmp",):
         for stale in output_dir.glob(pattern):
             remove(stale)
@@ -75,7 +75,7 @@ def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
 
 
 def describe(cfg: Any = None) -> dict:
-    """Settings, versions and machine, as saved with every result."""
+    """Settings, versions and machine, as stored with every result."""
     here = Path(__file__).resolve().parent
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here,
                          capture_output=True, text=True, check=False)
@@ -100,7 +100,7 @@ def _cpu_name() -> str:
 
 def write_run(output_dir: str | Path, stage: str, cfg: Any, counts: list[Counts], started: float,
               **extra: Any) -> None:
-    """Mark the run finished. `started` is the time.time() at which it began."""
+    """Mark the run as finished. `started` is its time.time() at the start."""
     run = {"stage": stage, "finished": True, **describe(cfg),
            "counts": {count.name: count.as_dict() for count in counts},
            "seconds": round(time.time() - started, 1), **extra}

@@ -1,7 +1,7 @@
-"""Chat templates, rendered in a process that can be ended: template_worker.py.
+"""Render chat templates in a process that can be killed (template_worker.py).
 
-A template comes with a checkpoint from somebody else. In our own process it could loop for ever, or
-double a string until the memory is full, whatever its sandbox forbids.
+A template is a program that comes with a checkpoint. Even in Jinja's sandbox it could loop forever or
+fill the memory.
 """
 
 import atexit
@@ -16,17 +16,17 @@ from typing import Any
 
 from srit.runtime.files import InputError
 
-SECONDS = 10.0  # for one conversation, which takes less than a millisecond
+SECONDS = 10.0  # per conversation; a normal one takes less than a millisecond
 MEMORY = 2**30
 MAX_CHARACTERS = 2**26
-START_SECONDS = 120.0  # a busy machine may be slow to start Python
+START_SECONDS = 120.0  # starting Python can be slow on a busy machine
 
 _worker: subprocess.Popen | None = None
-_owner = 0  # a forked process must not talk to its parent's worker
+_owner = 0  # pid that started the worker; a forked process must not use its parent's
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """The template's text. Raises InputError with its complaint, or when it takes too much."""
+    """Render a template. Raises InputError if it fails, or takes too much time or memory."""
     worker = _running()
     request = json.dumps({"template": template, "variables": variables}) + "\n"
     try:
@@ -39,7 +39,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     except (OSError, EOFError):
         close()
         raise InputError("chat template failed: it ended its process") from None
-    except BaseException:  # a signal in the middle: what is left of the reply is nobody's
+    except BaseException:  # after an interrupt, an unread reply would answer the next request
         close()
         raise
     if "error" in reply:
@@ -52,7 +52,7 @@ def _running() -> subprocess.Popen:
     if _worker is None or _owner != os.getpid() or _worker.poll() is not None:
         command = [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py")),
                    str(MEMORY), str(MAX_CHARACTERS)]
-        # In a session of its own: Ctrl-C is for us.
+        # In its own session, so that Ctrl-C does not reach it.
         _worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    start_new_session=True)
         _owner = os.getpid()
@@ -60,7 +60,7 @@ def _running() -> subprocess.Popen:
             _read_line(_worker, START_SECONDS)
         except (TimeoutError, EOFError):
             close()
-            raise InputError("the process for chat templates does not start") from None
+            raise InputError("the process that renders chat templates does not start") from None
     return _worker
 
 
@@ -78,7 +78,7 @@ def _read_line(worker: subprocess.Popen, seconds: float) -> bytes:
 
 @atexit.register
 def close() -> None:
-    """End the worker; the next `render` starts another."""
+    """Kill the worker. The next `render` starts another."""
     global _worker
     if _worker is not None and _owner == os.getpid():
         _worker.kill()

@@ -1,6 +1,6 @@
-"""The tokenizer inside a .gguf file: byte-level BPE, or SentencePiece as BPE with byte fallback.
+"""Rebuild the tokenizer of a .gguf file: byte-level BPE, or SentencePiece as BPE with byte fallback.
 
-What `tokenizer.ggml.pre` stands for is defined by llama.cpp (src/llama-vocab.cpp).
+llama.cpp defines what the values of `tokenizer.ggml.pre` mean (src/llama-vocab.cpp).
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 DIGITS = [r"\p{N}", GPT2]
-SPLITS = {  # each pattern splits the pieces that the one before left
+SPLITS = {  # by `pre`; each pattern splits the pieces of the one before
     "gpt-2": [GPT2], "mpt": [GPT2], "olmo": [GPT2], "smollm": DIGITS, "starcoder": DIGITS,
     "refact": DIGITS, "command-r": DIGITS, "llama-bpe": [LLAMA3], "llama3": [LLAMA3],
     "llama-v3": [LLAMA3], "qwen2": [QWEN2], "deepseek-r1-qwen": [QWEN2],
@@ -39,7 +39,7 @@ INSTEAD = "use the safetensors checkpoint with its tokenizer.json"
 def read_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any], str | None, list[int]]:
     """(tokenizer, settings as in tokenizer_config.json, chat template, stop ids) of a .gguf file.
 
-    Raises InputError for a tokenizer or pre-tokenizer that this function cannot rebuild exactly.
+    Raises InputError for a tokenizer or pre-tokenizer that cannot be rebuilt exactly.
     """
     data = read_metadata(path)
     prefix = "tokenizer.ggml."
@@ -64,7 +64,7 @@ def read_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any], str | No
         if key in ggml}
     if length := data.get(f"{architecture}.context_length"):
         settings["model_max_length"] = length
-    default = kind == "llama" or ggml.get("pre") in LLAMA3_NAMES  # what llama.cpp assumes
+    default = kind == "llama" or ggml.get("pre") in LLAMA3_NAMES  # llama.cpp's default
     bos = settings.get("bos_token")
     if bos is not None and ggml.get("add_bos_token", default):
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -91,7 +91,7 @@ def _byte_level(ggml: dict[str, Any], path: Path) -> Tokenizer:
 
 
 def _sentencepiece(ggml: dict[str, Any]) -> Tokenizer:
-    """Llama's SentencePiece BPE. A merge's rank is the score of the piece it makes."""
+    """Llama's SentencePiece BPE. Merges are ranked by the score of the piece that they produce."""
     vocabulary = {token: index for index, token in enumerate(ggml["tokens"])}
     ranked = []
     for piece, score in zip(ggml["tokens"], ggml["scores"], strict=True):

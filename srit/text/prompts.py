@@ -1,6 +1,6 @@
-"""The one place that turns a question or a conversation into ids, and says which are trained.
+"""Turn questions and conversations into token ids and the mask of trained tokens.
 
-SFT, sampling, DPO and evaluation all render here, so a template cannot drift between stages.
+SFT, sampling, DPO and evaluation all use these functions, so all stages see the same prompts.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ COT = " Let's think step by step"
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids, and for each whether it is trained; `text` is the prompt exactly as tokenised."""
+    """Token ids, the mask of trained ones, and the prompt's `text` exactly as tokenized."""
 
     ids: list[int]
     mask: list[bool]
@@ -28,9 +28,9 @@ class Rendered:
 
 
 def question_messages(row: dict, prompt_style: str) -> list[Message]:
-    """The user's message for a question row: instruction, question, choices, and the CoT sentence.
+    """The user message for a question row: instruction, question and choices.
 
-    `direct` ends in "Answer:", `cot` in "Answer: Let's think step by step" (Kojima et al. 2022).
+    It ends in "Answer:" (`direct`) or "Answer: Let's think step by step" (`cot`; Kojima et al. 2022).
     """
     if prompt_style not in ("direct", "cot"):
         raise InputError(f"prompt_style {prompt_style!r}: must be direct or cot")
@@ -44,7 +44,7 @@ def question_messages(row: dict, prompt_style: str) -> list[Message]:
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
-    """The prompt exactly as tokenised: with the template's BOS, or one put before plain text."""
+    """The prompt exactly as tokenized, including the BOS of the template or tokenizer."""
     if not isinstance(prompt, str):
         return tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True)
     if tokenizer.adds_bos and not prompt.startswith(tokenizer.bos_token):
@@ -54,16 +54,16 @@ def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
 
 def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
            completion: str | Sequence[Message] | None = None) -> Rendered:
-    """Prompt and completion as ids with the mask of trained tokens.
+    """Prompt and completion as ids, with the mask of trained tokens.
 
-    Both are tokenised on their own and joined: that is what generation sees, and no token merges
-    across the border. The completion is trained, and behind it exactly one turn end (EOS for plain
-    text). In a conversation the space around the completion is cut, since templates set their own;
-    in plain text it belongs to the completion. Raises InputError for an empty completion.
+    Both are tokenized separately and concatenated, as in generation, so no token spans the boundary.
+    The completion is trained, followed by exactly one end of turn (EOS for plain text). In a
+    conversation, whitespace around the completion is stripped, because templates add their own; in
+    plain text it belongs to the completion. Raises InputError for an empty completion.
     """
     plain = isinstance(prompt, str)
     text = prompt_text(tokenizer, prompt)
-    if plain and text != prompt:  # some tokenizers treat the start of a text apart, even behind BOS
+    if plain and text != prompt:  # some tokenizers treat the start of a text specially, even after BOS
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     else:
         ids = tokenizer.encode(text)
@@ -77,11 +77,11 @@ def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
 
 
 def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
-    """A whole conversation; every assistant turn is trained, with its turn end.
+    """A whole conversation as ids. Every assistant turn is trained, with its end of turn.
 
-    The mask comes from the structure: the text up to a turn, with the generation prompt, has to be
-    a prefix of the text with that turn. Raises InputError for a template for which it is not, or
-    which does not end turns, and for a conversation without an assistant.
+    The mask relies on prefixes: the text before a turn, with the generation prompt, must be a prefix
+    of the text that includes the turn. Raises InputError if the template violates this or does not end
+    turns, and for a conversation without an assistant turn.
     """
     messages = [
         {**m, "content": _without_end(tokenizer, m["content"])} if m["role"] == "assistant" else m
@@ -103,7 +103,7 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
         if not ended:
             raise InputError(f"the chat template does not end an assistant turn with {end!r}; "
                              "train on prompt/completion rows instead")
-        # Behind a turn's end the text goes on, for tokenizers that treat the start of a text apart.
+        # Encode after an end of turn: some tokenizers treat the start of a text specially.
         prompt = tokenizer.encode((end if done else "") + before[len(done) :])[1 if done else 0 :]
         trained = [*tokenizer.encode(answer), tokenizer.turn_end_id]
         ids += prompt + trained
@@ -115,7 +115,7 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
 
 
 def _without_end(tokenizer: Tokenizer, text: str, plain: bool = False) -> str:
-    """A completion without the turn end that some data sets write into it."""
+    """The completion without the end-of-turn tokens that some data sets append. Error if empty."""
     ends = [tokenizer.eos_token]
     if not plain:
         ends.append(tokenizer.backend.id_to_token(tokenizer.turn_end_id))

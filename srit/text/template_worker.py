@@ -1,8 +1,8 @@
-"""Runs chat templates, which are programs from a checkpoint, with little to break: by chat_template.py.
+"""Worker process of chat_template.py: renders chat templates, which are untrusted programs.
 
-A file of its own, started with `python -I`, that imports nothing of this project. A line of JSON in,
-{"template", "variables"}; a line out, {"text"} or {"error"}. Jinja's sandbox keeps a template from
-attributes, files and the interpreter; the limit on memory keeps it from filling the machine.
+Started with `python -I`; imports nothing from this project. Reads lines of JSON, {"template",
+"variables"}, and answers each with a line, {"text"} or {"error"}. Jinja's sandbox denies access to
+attributes, files and the interpreter; the memory limit protects the machine.
 """
 
 import json
@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for other trainers; nothing is done here."""
+    """Accept and ignore `{% generation %}`, which marks assistant turns in some templates."""
 
     tags = {"generation"}
 
@@ -35,7 +35,7 @@ def _compile(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
     environment.globals["raise_exception"] = _fail
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # Jinja's own tojson escapes HTML
+    # Jinja's own tojson escapes HTML.
     environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
         value, ensure_ascii=ensure_ascii, **options)
     return environment.from_string(template)
@@ -48,7 +48,7 @@ def answer(request: dict, max_characters: int) -> dict[str, str]:
         return {"error": f"chat template: {error}"}
     except MemoryError:
         return {"error": "chat template failed: it needs too much memory"}
-    except Exception as error:  # whatever the template's code does wrong is the checkpoint's
+    except Exception as error:  # any error in the template's code is the checkpoint's fault
         return {"error": f"chat template failed: {error!r}"[:1000]}
     if len(text) > max_characters:
         return {"error": f"chat template: {len(text):,} characters, the limit is {max_characters:,}"}
@@ -58,7 +58,7 @@ def answer(request: dict, max_characters: int) -> dict[str, str]:
 def main(memory: int, max_characters: int) -> None:
     try:
         import resource
-    except ImportError:  # not Linux: no limit on memory
+    except ImportError:  # not on Unix: no memory limit
         pass
     else:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

@@ -1,6 +1,6 @@
-"""The checkpoint's own tokenizer and chat template, and what they say about BOS, EOS and stops.
+"""The checkpoint's tokenizer and chat template, and its BOS, EOS and stop tokens.
 
-tokenizer.json is run by the `tokenizers` library, the chat template by jinja2 (chat_template.py).
+The `tokenizers` library runs tokenizer.json; chat_template.py runs the chat template.
 """
 
 import json
@@ -14,8 +14,8 @@ from srit.models.load import resolve
 from srit.runtime.files import InputError, atomic_write
 from srit.text import chat_template
 
-# Alpaca's layout, for checkpoints that bring no template of their own. BOS goes in front of it when
-# the tokenizer puts one before plain text.
+# Alpaca's format, for checkpoints without a template. It starts with BOS if the tokenizer adds one to
+# plain text.
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -40,11 +40,10 @@ KEPT_SETTINGS = ("unk_token", "model_max_length")
 
 
 class Tokenizer:
-    """Text to ids and back, and the ids with a meaning.
+    """Encodes and decodes text, renders conversations, and knows the special ids.
 
-    eos_id: int; bos_id, pad_id: int or None. turn_end_id: the token that ends an assistant's turn.
-    stop_ids: every id that ends a generation. adds_bos: plain text of this model begins with BOS.
-    vocab_size: one more than the highest id.
+    eos_id: int. bos_id, pad_id: int or None. turn_end_id: ends an assistant's turn. stop_ids: all ids
+    that end a generation. adds_bos: whether plain text starts with BOS. vocab_size: highest id + 1.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any],
@@ -59,8 +58,8 @@ class Tokenizer:
         if self.eos_id is None:
             raise InputError(f"{source}: no eos_token; add it to tokenizer_config.json")
         self.vocab_size = max(backend.get_vocab().values()) + 1
-        # add_bos_token in tokenizer_config.json does not count: as in transformers 5, the
-        # post-processor of tokenizer.json decides.
+        # As in transformers 5, the post-processor of tokenizer.json decides, not add_bos_token of
+        # tokenizer_config.json.
         self.adds_bos = self.bos_id is not None and backend.encode("a").ids[0] == self.bos_id
         if template is None:
             template = ("{{- bos_token -}}\n" if self.adds_bos else "") + DEFAULT_TEMPLATE
@@ -77,17 +76,17 @@ class Tokenizer:
         return (token, index) if index is not None else (None, None)
 
     def _turn_end(self) -> int:
-        """The added token that follows an assistant's words in the template, else EOS."""
+        """The added token that the template puts after an assistant's message, else EOS."""
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
         try:
             after = self.apply_chat_template(talk, False).rpartition(SENTINEL)[2]
-        except InputError:  # a template for other roles is no reason not to load plain text's model
+        except InputError:  # the model can still be used with plain text
             return self.eos_id
-        first = self.encode(after.lstrip())[:1]  # some templates put a space before the turn's end
+        first = self.encode(after.lstrip())[:1]  # some templates put a space before it
         return first[0] if first and first[0] in self.added else self.eos_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text as it stands: special tokens in it are parsed, none is added."""
+        """Ids of the text. Special tokens in the text are parsed; none is added."""
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except TypeError:
@@ -99,7 +98,7 @@ class Tokenizer:
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]],
                             add_generation_prompt: bool) -> str:
-        """The conversation as text. Raises InputError with the template's own complaint."""
+        """The conversation as text. Raises InputError with the template's error message."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: self.settings[name] for name in names if self.settings.get(name)}
         tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
@@ -111,7 +110,7 @@ class Tokenizer:
             raise InputError(f"{self.source}: {error}") from None
 
     def save(self, directory: str | Path) -> None:
-        """Write the files that transformers and vLLM read, generation_config.json among them."""
+        """Write the tokenizer files and generation_config.json, as transformers and vLLM read them."""
         directory = Path(directory)
         with atomic_write(directory / "tokenizer.json") as handle:
             handle.write(self.backend.to_str())
@@ -134,7 +133,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory, hub id, .gguf or package file."""
+    """The tokenizer of a model directory, hub id, .gguf file or package file."""
     path = resolve(name)
     if path.suffix == ".gguf":
         from srit.text.gguf_tokenizer import read_gguf_tokenizer
@@ -168,7 +167,7 @@ def _chat_template(path: Path, settings: dict[str, Any]) -> str | None:
     named = {entry["name"]: entry["template"] for entry in template}
     if "default" not in named:
         raise InputError(f"{path}: chat templates {sorted(named)}, none is 'default'; put the one "
-                         "to use into chat_template.jinja")
+                         "to use in chat_template.jinja")
     return named["default"]
 
 
@@ -180,5 +179,5 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is expected")
+        raise InputError(f"{path}: expected a JSON object")
     return value

@@ -7,10 +7,10 @@ checkpoint-N/ holds
   SHA256SUMS           of all other files (`sha256sum -c` reads it)
   config.json and the tokenizer; with LoRA the adapter in PEFT's layout as well
 
-torch.distributed.checkpoint writes and reads the shards: every rank its part, and another number of
-ranks can read them. Its usual storage pickles an index; the one used here keeps what it needs in the
-headers of the safetensors files. A checkpoint appears by renaming a finished directory, so one that
-is there is whole; the checksums find what a disk did to it later.
+torch.distributed.checkpoint (DCP) writes and reads the shards: every rank writes its part, and any
+number of ranks can read them. DCP's usual storage pickles an index; the one used here keeps the index
+in the headers of the safetensors files. A checkpoint appears by renaming a finished directory, so it is
+never half written; the checksums detect later damage.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ SUMS = "SHA256SUMS"
 
 @dataclass
 class TrainState:
-    """Where training stands; everything else is a pure function of the step and the settings."""
+    """Where training is; everything else is a pure function of the step and the settings."""
 
     step: int = 0
     num_tokens: int = 0
@@ -56,12 +56,12 @@ class TrainState:
     total_steps: int | None = None
     batch_size: int | None = None  # rows, pairs or bins of one optimizer step, on all ranks
     reference: str | None = None  # hash of the frozen reference's weights (DPO)
-    log: dict[str, Any] = field(default_factory=dict)  # what MetricsLog has added but not written
+    log: dict[str, Any] = field(default_factory=dict)  # what MetricsLog has not written yet
     format: int = FORMAT
 
 
 def _training_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that training changes, by its name in a checkpoint; shares memory with it."""
+    """Everything that training changes, by its name in a checkpoint. The tensors share memory."""
     tensors = {f"rng.cpu.{distributed.rank()}": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors[f"rng.cuda.{distributed.rank()}"] = torch.cuda.get_rng_state()
@@ -71,20 +71,20 @@ def _training_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[
             tensors[name] = parameter.detach()
             tensors[f"optimizer.{name}.exp_avg"] = slots["exp_avg"]
             tensors[f"optimizer.{name}.exp_avg_sq"] = slots["exp_avg_sq"]
-            # A step that is skipped does not count: the same for all parameters.
+            # Skipped steps do not count, so this may be less than TrainState.step.
             tensors["optimizer.step"] = slots["step"].detach().reshape(1).cpu()
     return tensors
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one run; `asynchronous`: while training goes on, from a copy in memory.
+    """Writes the checkpoints of a run. All ranks call `save` and `wait`.
 
-    All ranks call `save` and `wait`.
+    asynchronous: a thread writes a copy in host memory while training goes on.
     """
 
     def __init__(self, output_dir: Path, limit: int, asynchronous: bool) -> None:
         self.output_dir, self.limit, self.asynchronous = output_dir, limit, asynchronous
-        self.group = distributed.cpu_group()  # of its own: training talks at the same time
+        self.group = distributed.cpu_group()  # its own, since training communicates meanwhile
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -92,8 +92,8 @@ class CheckpointWriter:
              write_files: Callable[[Path | None], None]) -> None:
         """Write checkpoint-N, then delete the oldest ones beyond the limit.
 
-        `write_files` adds what else belongs to it; it gets a directory on rank 0 alone. Raises
-        InputError when this checkpoint, or the one before it, could not be written.
+        `write_files` adds the other files; it gets the directory on rank 0, None elsewhere. Raises
+        InputError when this checkpoint, or the one before, could not be written.
         """
         self.wait()
         temporary = self.output_dir / f".checkpoint-{state.step}.tmp"
@@ -102,7 +102,7 @@ class CheckpointWriter:
             temporary.mkdir(parents=True)
             text = json.dumps(dataclasses.asdict(state), indent=2)
             (temporary / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
-        distributed.barrier()  # the others write into the new directory, not the one that was removed
+        distributed.barrier()  # the other ranks must see the new directory, not the removed one
         write_files(temporary if distributed.rank() == 0 else None)
         tensors = _training_tensors(model, optimizer)
         if self.asynchronous:
@@ -114,7 +114,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is there."""
+        """Wait until the last checkpoint is written. Raises InputError when that failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -138,7 +138,7 @@ class CheckpointWriter:
             if distributed.rank() == 0:
                 self._publish(temporary)
             distributed.barrier(self.group)
-        except BaseException as error:  # shown by `wait`, which the training thread calls
+        except BaseException as error:  # raised by `wait`, in the training thread
             self.error = error
             if distributed.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -157,9 +157,9 @@ class CheckpointWriter:
 
 def load_checkpoint(directory: Path, model: Decoder,
                     optimizer: torch.optim.Optimizer) -> TrainState:
-    """Bring model, optimizer and random state to where the checkpoint was written.
+    """Load model, optimizer and random states from a checkpoint, in place; its TrainState.
 
-    Raises InputError for a checkpoint of another model or of a newer version.
+    Raises InputError for a checkpoint of another model or another version.
     """
     state = read_state(directory)
     for parameter in model.parameters():
@@ -171,7 +171,7 @@ def load_checkpoint(directory: Path, model: Decoder,
     known = reader.read_metadata().state_dict_metadata
     wanted = _training_tensors(model, optimizer)
     for name, tensor in list(wanted.items()):
-        if name not in known and name.startswith("rng."):  # of a rank that was not there
+        if name not in known and name.startswith("rng."):  # this rank did not exist then
             del wanted[name]
         elif name not in known or known[name].size != tensor.shape:
             raise InputError(f"{directory}: no tensor {name} of shape {tuple(tensor.shape)}; the "
@@ -199,9 +199,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
-    """The checkpoint to go on from; None: start fresh. Rank 0 decides for all.
+    """The checkpoint to resume from, or None to start afresh. Rank 0 decides for all ranks.
 
-    auto: the newest one whose checksums hold. A damaged one is set aside, which is said aloud.
+    auto: the newest one whose checksums match. Damaged ones are renamed and reported.
     """
     if resume_from_checkpoint != "auto":
         path = Path(resume_from_checkpoint)
@@ -225,7 +225,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint; None when every file is what its checksum says."""
+    """What is wrong with a checkpoint; None when every file matches its checksum."""
     try:
         lines = (directory / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         for line in lines:
@@ -257,7 +257,7 @@ def _sha256(path: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause that torch.distributed.checkpoint has wrapped, in one line."""
+    """The cause that DCP has wrapped, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]  # (exception, its traceback)
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,18 +1,32 @@
-"""AdamW over fp32 master weights, and the learning rate as a pure function of the step."""
+"""AdamW over float32 master weights, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from srit.models.sharded import whole
+from srit.config import TrainConfig
+from srit.training.memory import return_free_memory
+
+BUCKET = 2**26  # bytes of gradients in one collective
+Item = TypeVar("Item")
+
+
+def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
+    """The rate of optimizer step `step`, counted from 0: nothing to save, nothing to restore."""
+    warmup = warmup_steps(total_steps, cfg.warmup_ratio, cfg.warmup_steps)
+    return cfg.learning_rate * lr_factor(step, total_steps, warmup, cfg.lr_scheduler_type)
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
-    """Share of the peak learning rate at optimizer step `step`, counted from 0.
+    """Linear warm-up from 0 to 1, then constant, linear or cosine decay to 0 at `total_steps`.
 
-    Linear warm-up from 0, then `constant`, `linear` or `cosine` decay to 0 at `total_steps`: the
-    schedule of transformers' Trainer. Nothing to save, nothing to restore.
+    These are the schedules of transformers' Trainer.
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -31,24 +45,84 @@ def warmup_steps(total_steps: int, ratio: float, steps: int) -> int:
     return steps if steps > 0 else math.ceil(total_steps * ratio)
 
 
-def make_adamw(model: nn.Module, learning_rate: float, weight_decay: float,
-               betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW on the trainable parameters; matrices decay, norms and biases do not."""
+def make_adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW on the trainable parameters; matrices decay, norms and biases do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
+                             eps=cfg.adam_epsilon, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def accumulate(model: nn.Module, micro_batches: Iterable[Item]) -> Iterator[Item]:
+    """The micro-batches of a step; a sharded model reduces its gradients in the last backward only."""
+    remaining = iter(micro_batches)
+    current = next(remaining, None)
+    while current is not None:
+        following = next(remaining, None)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(following is None)
+        yield current
+        current = following
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.AdamW, learning_rate: float,
+                   max_grad_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce gradients over ranks, clip, update, clear: (norm before clipping, whether all is finite).
+
+    A step whose loss or norm is not finite changes no weight. The fused optimizer reads that on the
+    device, so the host does not wait.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    all_reduce_gradients(trained)
+    if all(p.grad is None for p in trained):
+        raise RuntimeError("no trained parameter received a gradient")
+    norm = clip_gradients(model, max_grad_norm)
+    finite = torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if norm.device.type == "cpu":
+        return_free_memory()
+    return norm, finite
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """The global gradient norm *before* clipping to `max_norm` (0: no clipping)."""
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
-    return whole(norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum the gradients over the ranks, once a step; those of a sharded model are summed already.
+
+    Losses are divided by the *global* number of tokens or pairs before backward, so the sum is right
+    and a mean would be wrong. A parameter without a gradient on some rank counts as zero there:
+    every rank joins every collective.
+    """
+    if not dist.is_initialized():
+        return
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        if sum(grad.nbytes for grad in bucket) >= BUCKET:
+            _reduce(bucket)
+            bucket = []
+    if bucket:
+        _reduce(bucket)
+
+
+def _reduce(grads: list[Tensor]) -> None:
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))

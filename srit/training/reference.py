@@ -1,99 +1,101 @@
-"""Reference log-probabilities: computed once, cached by content, verified complete."""
+"""The reference's log-probs of every pair: computed once, cached by content, verified complete."""
 
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from srit.data.batches import Batch, collate
-from srit.data.examples import Pair
+from srit.config import DPOConfig
+from srit.data.batch_sampler import BatchSampler, rank_batches
+from srit.data.batches import Pair, collate_pairs
 from srit.losses import sequence_logps, token_logps
 from srit.models import Decoder
 from srit.runtime import distributed
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.jsonl import read_jsonl
-from srit.training import parallel
+from srit.training import fsdp
 
 
-def model_hash(model: Decoder) -> str:
-    """SHA-256 over names, dtypes and bytes of all weights."""
-    digest = hashlib.sha256(str(model.compute_dtype).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+class ReferenceLogps:
+    """Scores pairs with the frozen reference, and keeps the scores in a file.
 
-
-def pair_key(reference: str, pair: Pair) -> str:
-    """What the two numbers depend on: the reference's weights, and tokens and mask of both sides."""
-    digest = hashlib.sha256(reference.encode())
-    for side in (pair.chosen, pair.rejected):
-        digest.update(struct.pack(f"<q{len(side.ids)}q", len(side.ids), *side.ids))
-        digest.update(bytes(side.mask))
-    return digest.hexdigest()
-
-
-def collate_pairs(pairs: Sequence[Pair]) -> Batch:
-    """One stream: sequence 2i is chosen i, 2i + 1 rejected i, and the two share their beginning."""
-    return collate([(pair.chosen, pair.rejected) for pair in pairs])
-
-
-@torch.no_grad()
-def pair_logps(model: Decoder, batch: Batch) -> Tensor:
-    """(2B,) completion log-probs of B pairs, chosen and rejected alternating."""
-    return sequence_logps(token_logps(model, batch), batch.cu_targets)
-
-
-def reference_logps(model: Decoder, pairs: Sequence[Pair], micro_batches: Iterable[list[int]],
-                    reference: str, cache: Path, device: torch.device) -> Tensor:
-    """(P, 2) reference log-probs of all pairs that `micro_batches` name, on the CPU; others are NaN.
-
-    `micro_batches` must be the ones that training will use first: matrix products round differently
-    in differently shaped batches, and only the same shape gives a margin of exactly 0, and a loss
-    of exactly ln 2, while policy and reference are the same. What the cache file holds already is
-    not computed again. Raises InputError if a pair is left without its value.
+    `hash` identifies the reference: SHA-256 over names, dtypes and bytes of all weights. Make this
+    object while the model still is the reference, before it gets an adapter or is sharded.
     """
-    result = torch.full((len(pairs), 2), float("nan"), dtype=torch.float32)
-    known = {}
-    if cache.is_file():
-        known = {row["key"]: row["logps"] for row in read_jsonl(cache)}
-    keys = [pair_key(reference, pair) for pair in pairs]
-    wanted = [rows for rows in micro_batches if rows]
-    missing = [rows for rows in wanted if any(keys[i] not in known for i in rows)]
-    model.eval()
-    own, computed = distributed.pad_to_longest_rank(missing, [0]), []
-    for rows, weight in tqdm(own, desc="reference", disable=distributed.rank() != 0, dynamic_ncols=True):
-        batch = collate_pairs([pairs[i] for i in rows]).to(device)
-        values = pair_logps(model, batch).view(-1, 2)
-        if weight:  # else only to keep step with the other ranks
-            computed.append((rows, values))
-    for rows, values in computed:  # only now: reading one waits for the device
-        known |= {keys[i]: logps for i, logps in zip(rows, values.tolist(), strict=True)}
-    model.train()
-    parallel.reshard(model)
-    for rows in wanted:
-        for i in rows:
-            result[i] = torch.tensor(known[keys[i]])
-    result = _gather(result.to(device)).cpu()
-    if distributed.rank() == 0 and own:
-        with atomic_write(cache) as handle:
-            for key, logps in zip(keys, result.tolist(), strict=True):
-                if logps[0] == logps[0]:
-                    handle.write(json.dumps({"key": key, "logps": logps}) + "\n")
-    needed = sorted({i for rows in wanted for i in rows})
-    if not torch.isfinite(result[needed]).all():
-        bad = [pairs[i].id for i in needed if not torch.isfinite(result[i]).all()]
-        raise InputError(f"the reference's log-prob is not finite for {', '.join(bad[:8])}")
-    return result
+
+    def __init__(self, model: Decoder, cfg: DPOConfig, device: torch.device) -> None:
+        self.model, self.cfg, self.device = model, cfg, device
+        digest = hashlib.sha256(str(model.compute_dtype).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        self.hash = digest.hexdigest()
+
+    def score(self, sampler: BatchSampler[Pair], held_out: Sequence[Pair]) -> None:
+        """Set `ref_logps` of the held-out pairs and, with precompute_ref_log_probs, the training pairs.
+
+        Raises InputError for a log-prob that is not finite.
+        """
+        if self.cfg.precompute_ref_log_probs:
+            self._score(sampler.items, sampler.first_epoch(), "ref_logps.jsonl")
+        if held_out:
+            batches = rank_batches(held_out, self.cfg.per_device_eval_batch_size)
+            self._score(held_out, [batch for batch, weight in batches if weight],
+                        "ref_logps_eval.jsonl")
+
+    def _score(self, pairs: Sequence[Pair], batches: Sequence[list[int]], cache_name: str) -> None:
+        """Set `ref_logps` of every pair that `batches`, indices of this rank's pairs, name on any rank.
+
+        `batches` must be the micro-batches of training: matrix products round differently in other
+        shapes, and only the same shapes give a margin of exactly 0, and a loss of exactly ln 2, while
+        policy and reference are equal. What the cache file holds is not computed again.
+        """
+        cache, known = Path(self.cfg.output_dir) / cache_name, {}
+        if cache.is_file():
+            known = {row["key"]: row["logps"] for row in read_jsonl(cache)}
+        keys = [self._key(pair) for pair in pairs]
+        missing = [batch for batch in batches if any(keys[i] not in known for i in batch)]
+        todo, computed = distributed.pad_to_longest_rank(missing, [0]), []
+        with fsdp.scoring(self.model):
+            for indices, weight in tqdm(todo, desc="reference", disable=distributed.rank() != 0,
+                                        dynamic_ncols=True):
+                batch = collate_pairs([pairs[i] for i in indices]).to(self.device)
+                logps = sequence_logps(token_logps(self.model, batch), batch.cu_targets)  # (2B,)
+                if weight:
+                    computed.append((indices, logps.view(-1, 2)))
+        for indices, logps in computed:  # read last: reading waits for the device
+            known |= {keys[i]: values for i, values in zip(indices, logps.tolist(), strict=True)}
+        table = torch.full((len(pairs), 2), float("nan"))
+        own = [i for batch in batches for i in batch]
+        table[own] = torch.tensor([known[keys[i]] for i in own]).view(-1, 2)
+        table = _merge_ranks(table.to(self.device)).cpu()
+        if distributed.rank() == 0 and todo:
+            with atomic_write(cache) as handle:
+                for key, logps in zip(keys, table.tolist(), strict=True):
+                    if logps[0] == logps[0]:
+                        handle.write(json.dumps({"key": key, "logps": logps}) + "\n")
+        if bad := [pairs[i].id for i in sorted(own) if not table[i].isfinite().all()]:
+            raise InputError(f"the reference's log-prob is not finite for {', '.join(bad[:8])}")
+        for pair, logps in zip(pairs, table.tolist(), strict=True):
+            if logps[0] == logps[0]:  # NaN: no rank has this pair
+                pair.ref_logps = (logps[0], logps[1])
+
+    def _key(self, pair: Pair) -> str:
+        """SHA-256 of what the two numbers depend on: reference, tokens and masks of both sides."""
+        digest = hashlib.sha256(self.hash.encode())
+        for side in (pair.chosen, pair.rejected):
+            digest.update(struct.pack(f"<q{len(side.ids)}q", len(side.ids), *side.ids))
+            digest.update(bytes(side.mask))
+        return digest.hexdigest()
 
 
-def _gather(values: Tensor) -> Tensor:
-    """Values that some rank has, NaN where none has; ranks never disagree on a pair."""
+def _merge_ranks(values: Tensor) -> Tensor:
+    """The values that any rank has, NaN where none has; ranks that share a pair agree on it."""
     have = torch.isfinite(values)
     total = distributed.all_reduce_sum(torch.where(have, values, 0.0))
     count = distributed.all_reduce_sum(have.to(torch.float32))

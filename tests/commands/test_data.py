@@ -1,4 +1,4 @@
-"""Published layouts, in records written for this test."""
+"""Published formats, in records written for this test."""
 
 import json
 
@@ -39,7 +39,7 @@ def convert(tmp_path, name, content, suffix="jsonl", **changes):
 
 
 @pytest.mark.parametrize(("name", "record", "answer"), RECORDS, ids=[r[0] for r in RECORDS])
-def test_every_layout(tmp_path, name, record, answer):
+def test_every_format_is_converted(tmp_path, name, record, answer):
     (row,) = convert(tmp_path, name, json.dumps(record) + "\n")
     assert (row["id"], row["answer"]) == (f"{name}-raw-0", answer)
     assert "  " not in row["question"] and row["question"] == row["question"].strip()
@@ -55,13 +55,13 @@ def test_texts_are_joined_as_published(tmp_path):
     assert row["choices"] == {"A": "fine", "B": "proud", "C": "hurt"}
 
 
-def test_mmlu_csv(tmp_path):
+def test_mmlu_is_csv_without_a_header(tmp_path):
     (row,) = convert(tmp_path, "mmlu", '"Which, of these, is even?",1,3,5,8,D\n', "csv")
     assert row["choices"] == {"A": "1", "B": "3", "C": "5", "D": "8"}
     assert row["answer"] == "D"
 
 
-def test_labels_in_a_file_of_their_own(tmp_path):
+def test_labels_can_come_from_a_separate_file(tmp_path):
     labels = tmp_path / "labels.lst"
     labels.write_text("1\n0\n")
     raw = "".join(json.dumps({"goal": g, "sol1": "do", "sol2": "do not"}) + "\n" for g in "ab")
@@ -86,12 +86,12 @@ def test_hidden_and_repeated_records_are_counted(tmp_path, capsys):
     ("gsm8k", "{}\n{", "raw.jsonl:2: not JSON"),
     ("gsm8k", "[1]", "record 1: does not look like"),
 ])
-def test_a_wrong_file_is_named_with_its_line(tmp_path, name, content, message):
+def test_a_record_in_another_format_is_named_with_its_place(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         convert(tmp_path, name, content)
 
 
-def test_input_is_needed_and_hub_files_are_fetched(tmp_path, monkeypatch):
+def test_input_is_required_and_hub_files_are_downloaded(tmp_path, monkeypatch):
     output = str(tmp_path / "q.jsonl")
     with pytest.raises(InputError, match="needs --input"):
         main(DataConfig(name="gsm8k", output=output))

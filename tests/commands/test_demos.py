@@ -1,4 +1,4 @@
-"""The teacher's client against a server of our own on this machine."""
+"""The teacher's client against a local server."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ KEY = "SRIT_TEST_KEY"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers like a chat-completions server; fails first where `troubles` says so."""
+    """Answers like a chat-completions server, after failing with the status codes in `troubles`."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -109,7 +109,7 @@ def test_a_second_run_asks_only_what_is_missing(tmp_path, server):
     assert len(read_demos(tmp_path / "out" / "demos.jsonl")) == 3
 
 
-def test_a_refusal_ends_the_run_at_once(tmp_path, server):
+def test_a_wrong_key_ends_the_run_at_once(tmp_path, server):
     server.troubles = [401] * 50
     with pytest.raises(InputError, match="refuses: AuthenticationError"):
         main(config(tmp_path, server, rows=50, concurrency=1))
@@ -145,5 +145,5 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="concurrency"):
         config(tmp_path, concurrency=0)
     cfg.train_file *= 2
-    with pytest.raises(InputError, match="'q0' stands already"):
+    with pytest.raises(InputError, match="duplicate id 'q0', also in another file"):
         main(cfg, client=object())

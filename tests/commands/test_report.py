@@ -1,14 +1,17 @@
-"""The report of a made-up run: complete, self-contained, and safe against what a model writes."""
+"""The report of an invented run: complete, self-contained, and safe against model output."""
 
 import json
 import random
 import re
 
 import pytest
+from tiny import write_rows
 
 from srit.commands.chart import line_chart, ticks
-from srit.commands.report import ReportConfig, accuracy_rows, describe, main, write_report
+from srit.commands.report import ReportConfig, change, describe, main, verdicts, write_report
+from srit.grading.statistics import summarize_generations
 from srit.runtime.files import InputError
+from srit.runtime.jsonl import read_jsonl
 
 NASTY = "<script>alert(1)</script> | pipe\nThe answer is 7."
 
@@ -39,23 +42,25 @@ def fake_run(root, seed=0, stages=("eval-base", "sft", "eval-sft", "sample", "pa
                         "text": NASTY if i == 0 else f"It is {'7' if right else '8'}.",
                         "extracted": "7" if right else "8", "correct": right,
                         "correct_strict": right, "finished": True, "n_tokens": 12})
-            text = "".join(json.dumps(r) + "\n" for r in rows)
-            (root / name / "generations.jsonl").write_text(text)
+            write_rows(root / name / "generations.jsonl", rows)
+            files = {f"{dataset}.jsonl": {
+                **summarize_generations(r for r in rows if r["dataset"] == dataset),
+                "dataset": dataset, "in_domain": dataset == "sums"} for dataset in ("sums", "other")}
+            (root / name / "results.json").write_text(json.dumps({"files": files}))
         if name in ("sft", "dpo"):
             rows = [{"step": s, "loss": 1 / s, "rewards/margins": s / 10, "rewards/chosen": s / 20,
                      "rewards/rejected": -s / 20, "rewards/accuracies": 0.5 + s / 50,
                      "logps/chosen": -60.0 - s, "logps/rejected": -70.0 - 3 * s}
                     for s in range(1, 21)]
-            text = "".join(json.dumps(r) + "\n" for r in rows)
-            (root / name / "metrics.jsonl").write_text(text)
+            write_rows(root / name / "metrics.jsonl", rows)
         if name == "pair":
             pair = {"chosen": [{"content": "long " * 20}], "rejected": [{"content": "7"}],
                     "chosen_source": "self", "rejected_correct": True, "rejected_style": "direct"}
-            (root / name / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+            write_rows(root / name / "pairs.jsonl", [pair])
     return root
 
 
-def test_the_page_is_whole_and_self_contained(tmp_path):
+def test_the_page_is_complete_and_self_contained(tmp_path):
     root = fake_run(tmp_path / "fake")
     page = write_report([root]).read_text()
     assert page.count("<figure>") == 5
@@ -79,8 +84,8 @@ def test_model_output_is_escaped(tmp_path):
     assert table and all("\\| pipe" in line for line in table)
 
 
-def test_a_window_of_skipped_steps_is_a_gap_in_the_curve(tmp_path):
-    """Its means are null in metrics.jsonl."""
+def test_skipped_steps_are_a_gap_in_the_curve(tmp_path):
+    """Where every step was skipped, metrics.jsonl has null."""
     root = fake_run(tmp_path / "fake")
     log = root / "sft" / "metrics.jsonl"
     whole = write_report([root]).read_text().count("<svg")
@@ -89,42 +94,43 @@ def test_a_window_of_skipped_steps_is_a_gap_in_the_curve(tmp_path):
     assert page.count("<svg") == whole > 0
 
 
-def test_numbers_are_those_of_the_rows(tmp_path):
+def test_accuracies_are_those_of_the_generations(tmp_path):
     root = fake_run(tmp_path / "fake")
-    rows = [json.loads(x) for x in (root / "eval-sft/generations.jsonl").read_text().splitlines()]
+    rows = read_jsonl(root / "eval-sft/generations.jsonl")
     expected = sum(r["correct"] for r in rows if r["dataset"] == "sums") / 60
     found = describe(root)["accuracy"][0]
     assert found["name"] == "sums" and found["in_domain"] and found["n"] == 60
-    assert found["cells"][1]["accuracy"] == expected
+    assert found["cells"][1]["accuracy"] == pytest.approx(expected)
     low, high = found["cells"][1]["interval"]
     assert low < expected < high
 
 
-def row(i, correct):
-    return {"id": str(i), "dataset": "d", "sample": 0, "correct": correct,
-            "correct_strict": correct}
+def changed(before, after):
+    """The change from the instructed to the self-refined model, both given by what they got right."""
+    generations = {name: [{"id": i, "dataset": "d", "sample": 0, "correct": c}
+                          for i, c in enumerate(correct)]
+                   for name, correct in (("eval-sft", before), ("eval-dpo", after))}
+    return change(generations, ["d"])
 
 
 def test_change_is_paired():
-    before = [row(i, i < 4) for i in range(20)]
-    after = [row(i, i < 2 or i >= 10) for i in range(20)]
-    (found,) = accuracy_rows({"eval-sft": before, "eval-dpo": after}, {})
-    assert found["change"]["fixed"] == 10 and found["change"]["broken"] == 2
-    assert found["change"]["points"] == pytest.approx(40)
+    found = changed([i < 4 for i in range(20)], [i < 2 or i >= 10 for i in range(20)])
+    assert found["fixed"] == 10 and found["broken"] == 2
+    assert found["points"] == pytest.approx(40)
     # two-sided exact McNemar: 2 (C(12,0) + C(12,1) + C(12,2)) / 2^12
-    assert found["change"]["p"] == pytest.approx(2 * 79 / 4096)
+    assert found["p"] == pytest.approx(2 * 79 / 4096)
 
 
-def test_verdict_says_no_more_than_the_test(tmp_path):
-    from srit.commands.report import verdicts
+def test_the_verdict_claims_no_more_than_the_test():
+    def verdict(before, after):
+        (sentence,) = verdicts([{"name": "d", "in_domain": None, "pooled": False,
+                                 "change": changed(before, after)}])
+        return sentence
 
-    same = {"eval-sft": [row(i, i % 2 == 0) for i in range(30)],
-            "eval-dpo": [row(i, i % 2 == 0 or i == 1) for i in range(30)]}
-    (sentence,) = verdicts(same, {})
-    assert "no measurable change" in sentence and "+3.3 points" in sentence
-    worse = {"eval-sft": [row(i, True) for i in range(30)],
-             "eval-dpo": [row(i, i < 10) for i in range(30)]}
-    assert "fell behind the instructed one by 66.7 points" in verdicts(worse, {})[0]
+    same = verdict([i % 2 == 0 for i in range(30)], [i % 2 == 0 or i == 1 for i in range(30)])
+    assert "no measurable change" in same and "+3.3 points" in same
+    worse = verdict([True] * 30, [i < 10 for i in range(30)])
+    assert "fell behind the instructed one by 66.7 points" in worse
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_got(tmp_path):
@@ -132,14 +138,14 @@ def test_an_unfinished_run_is_reported_as_far_as_it_got(tmp_path):
     assert "Baseline" in page and "No generations of" in page
 
 
-def test_several_seeds(tmp_path):
+def test_several_runs_add_a_combined_table(tmp_path):
     roots = [fake_run(tmp_path / str(s), seed=s) for s in range(3)]
     page = write_report(roots).read_text()
     assert "3 runs" in page
     assert "### 3 runs" in (roots[0] / "report.md").read_text()
 
 
-def test_questions_can_be_left_out(tmp_path):
+def test_question_texts_can_be_left_out(tmp_path):
     root = fake_run(tmp_path / "fake")
     write_report([root], show_questions=False)
     for name in ("report.html", "report.md"):
@@ -147,7 +153,7 @@ def test_questions_can_be_left_out(tmp_path):
         assert "How many are" not in text and "sums-" in text
 
 
-def test_nothing_there(tmp_path):
+def test_a_directory_without_a_run_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no stage has run there"):
         main(ReportConfig([str(tmp_path)]))
 
@@ -158,7 +164,7 @@ def test_ticks_are_round():
     assert ticks(2, 2) == [2]
 
 
-def test_charts_survive_flat_single_and_missing_values():
+def test_charts_handle_flat_single_and_missing_values():
     assert line_chart("t", []) == ""
     assert "<svg" in line_chart("t", [("a", [(1, 2.0)])])
     assert "nan" not in line_chart("t", [("a", [(1, 2.0), (2, float("nan")), (3, 2.0)])])

@@ -1,4 +1,4 @@
-"""A recipe's stages and wiring, and the whole pipeline on a tiny model."""
+"""`srit run` on a tiny model."""
 
 import json
 
@@ -6,9 +6,6 @@ import pytest
 from tiny import demo, metrics, question, tiny_checkpoint, write_rows
 
 from srit.commands.run import RunConfig, main
-from srit.config import SFTConfig
-from srit.launch import parse
-from srit.recipe import read_recipe, stage_values, stages
 from srit.runtime.files import InputError
 
 SMALL = """\
@@ -18,7 +15,7 @@ seed: 1
 dtype: float32
 device: cpu
 data:
-  demos: ["${{ROWS:-{root}}}/demos.jsonl"]
+  demos: {root}/demos.jsonl
   eval: [{root}/near.jsonl, {root}/far.jsonl]
   in_domain: [near]
 sft: {{max_steps: 30, learning_rate: 1e-2, per_device_train_batch_size: 8, max_length: 256}}
@@ -41,59 +38,12 @@ def recipe(tmp_path):
     return path
 
 
-def test_stages_and_their_wiring(recipe):
-    plan = {stage.name: stage for stage in stages(read_recipe(recipe))}
-    assert list(plan) == ["eval-base", "sft", "eval-sft", "sample", "pair", "dpo", "eval-dpo"]
-    out = recipe.parent / "out"
-    assert plan["dpo"].values["model_name_or_path"] == str(out / "sft")
-    assert plan["dpo"].values["train_file"] == [str(out / "pair" / "pairs.jsonl")]
-    assert plan["eval-dpo"].values["model_name_or_path"] == str(out / "dpo")
-    assert plan["sample"].values["train_file"] == [str(recipe.parent / "demos.jsonl")]
-    assert plan["pair"].values["seed"] == 1 and "dtype" not in plan["pair"].values
-
-
-def test_rounds_sample_from_and_refer_to_the_round_before(recipe):
-    recipe.write_text(recipe.read_text() + "rounds: 2\n")
-    plan = {stage.name: stage.values for stage in stages(read_recipe(recipe))}
-    assert list(plan)[-4:] == ["sample-2", "pair-2", "dpo-2", "eval-dpo-2"]
-    for name in ("sample-2", "dpo-2"):
-        assert plan[name]["model_name_or_path"] == str(recipe.parent / "out" / "dpo")
-
-
-def test_a_stage_script_reads_its_part_of_a_recipe(recipe):
-    values = stage_values(recipe, "sft")
-    cfg = parse(SFTConfig, "sft", ["--config", str(recipe), "--learning_rate", "5e-3"])
-    assert cfg.train_file == values["train_file"] and cfg.max_steps == 30
-    assert cfg.learning_rate == 5e-3
-
-
-def test_variables(recipe, monkeypatch):
-    monkeypatch.setenv("ROWS", "/elsewhere")
-    assert stage_values(recipe, "sft")["train_file"] == ["/elsewhere/demos.jsonl"]
-    recipe.write_text(recipe.read_text().replace("${ROWS:-", "${NOT_SET_ANYWHERE}"))
-    with pytest.raises(InputError, match="NOT_SET_ANYWHERE is not set"):
-        read_recipe(recipe)
-
-
-@pytest.mark.parametrize("old,new,message", [
-    ("sft:", "sfft:", "unknown key 'sfft'; did you mean 'sft'"),
-    ("policy:", "polcy:", "pair: unknown key 'polcy'; did you mean 'policy'"),
-    ("demos:", "demo:", "data: unknown key 'demo'; did you mean 'demos'"),
-    ("seed: 1", "rounds: 0", "rounds: must be a positive integer"),
-    ("pair: {policy: mixed}", "pair: [1]", "pair: expected a mapping"),
-])
-def test_bad_recipes_are_named(recipe, old, new, message):
-    recipe.write_text(recipe.read_text().replace(old, new))
-    with pytest.raises(InputError, match=message):
-        read_recipe(recipe)
-
-
-def test_whole_pipeline_and_running_it_again(recipe, capfd):
-    """From a random checkpoint to a report; the second run finds everything finished."""
+def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, capfd):
     out = recipe.parent / "out"
     main(RunConfig(str(recipe)))
     printed = capfd.readouterr().out
     assert "baseline" in printed and "self-refined" in printed and "report.html" in printed
+    assert "far (out of domain)" in printed and "all in domain" in printed
     names = {p.parent.name for p in out.glob("*/run.json")}
     assert names == {"eval-base", "sft", "eval-sft", "sample", "pair", "dpo", "eval-dpo"}
     assert metrics(out / "sft")[-1]["loss"] < 0.5 * metrics(out / "sft")[0]["loss"]
@@ -114,7 +64,7 @@ def test_whole_pipeline_and_running_it_again(recipe, capfd):
         main(RunConfig(str(recipe)))
 
 
-def test_a_failing_stage_ends_the_run_with_its_status(recipe):
+def test_a_failing_stage_ends_the_run_with_its_exit_status(recipe):
     (recipe.parent / "demos.jsonl").write_text('{"id": "x"}\n')
     with pytest.raises(SystemExit) as stopped:
         main(RunConfig(str(recipe)))

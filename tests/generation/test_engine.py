@@ -1,27 +1,22 @@
-"""The sampling engine: right tokens, right distribution, and independence of everything else."""
+"""The sampling engine: the right tokens and distribution, whatever else is in the batch."""
 
 import itertools
-import json
 import math
 import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+from dataclasses import fields
 
 import pytest
 import torch
-from tiny import CONFIG, question, tiny_checkpoint, write_rows
+from tiny import CONFIG, tiny_checkpoint
 
+from srit.config import SampleConfig
 from srit.generation import engine
-from srit.generation.engine import Request, StopStrings, generate, pick, request_seed, shared_prefix
+from srit.generation.params import Request, Result, SamplingParams, request_seed, shared_prefix
 from srit.kernels import linear_logp
 from srit.models import Decoder, ModelConfig
 from srit.models.paged_cache import PagedCache
 from srit.runtime.files import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 V = CONFIG["vocab_size"]
 
 
@@ -45,7 +40,7 @@ def tiny_model(dtype=torch.float32, scale=0.25, config=CONFIG) -> Decoder:
 
 
 def prompts(n: int, shared: int = 5) -> list[tuple[int, ...]]:
-    """Of different lengths, with the first `shared` tokens in common."""
+    """Prompts of different lengths with the first `shared` tokens in common."""
     generator = torch.Generator().manual_seed(1)
     head = tuple(range(10, 10 + shared))
     return [head + tuple(torch.randint(20, V, (1 + 7 * i % 23,), generator=generator).tolist())
@@ -60,6 +55,13 @@ def spell(ids) -> str:
 def requests(n: int = 10, samples: int = 2) -> list[Request]:
     return [Request((i, s), ids, request_seed(0, i, s))
             for i, ids in enumerate(prompts(n)) for s in range(samples)]
+
+
+def generate(model: Decoder, some: list[Request], **settings) -> dict[object, Result]:
+    """engine.generate with the fields of SamplingParams among the settings."""
+    names = {field.name for field in fields(SamplingParams)} & settings.keys()
+    params = SamplingParams(**{name: settings.pop(name) for name in names})
+    return engine.generate(model, some, params, **settings)
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def test_greedy_is_the_argmax_of_the_full_forward():
         assert (results[request.key].ids, results[request.key].finished) == (ids, finished)
 
 
-def test_with_the_kernel_too(monkeypatch):
+def test_the_triton_kernel_gives_the_same_texts(monkeypatch):
     monkeypatch.setenv("SRIT_KERNELS", "triton")
     model, stop, some = tiny_model(), set(range(3, 9)), requests(3)
     results = generate(model, some, stop_ids=stop, max_new_tokens=8, slots=4)
@@ -106,7 +108,7 @@ def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
     if packed:
         model.pack_weights()
     settings = {"stop_ids": range(3, 20), "max_new_tokens": 20,
-                "prefix": shared_prefix(prompts(9)), "samples": 3, **sampling}
+                "prefix": shared_prefix(prompts(9)), "readers_per_prompt": 3, **sampling}
     expected = generate(model, all_requests, slots=8, **settings)
     assert 0 < sum(r.finished for r in expected.values()) < len(expected)
     for slots, some in ((1, all_requests[:4]), (5, all_requests[::-1]), (64, all_requests),
@@ -116,14 +118,14 @@ def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
 
 
 def cache_bytes(pages: int, longest: int) -> int:
-    """Of a cache of so many pages beside the prefill's own for the longest prompt; two are spare."""
+    """Size of a cache with `pages` pages, two reserved ones and the staging slot of the prefill."""
     token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, bytes
     return token * (32 * (2 + pages) + -(-longest // 32) * 32)
 
 
-def test_too_small_a_cache_is_named():
+def test_a_cache_that_is_too_small_is_an_error():
     model, settings = tiny_model(), {"stop_ids": [], "max_new_tokens": 70}
-    longest, least = max(map(len, prompts(9))), 1 + 3  # a page of a prompt, 70 tokens of an answer
+    longest, least = max(map(len, prompts(9))), 1 + 3  # a page for the prompt, three for 70 tokens
     results = generate(model, requests(9, 1), cache_bytes=cache_bytes(least, longest), **settings)
     assert len(results) == 9
     with pytest.raises(InputError, match="no room for a sequence of 97 .* raise --max_cache_memory"):
@@ -131,9 +133,9 @@ def test_too_small_a_cache_is_named():
 
 
 def fuzz_case(seed: int, model: Decoder) -> int:
-    """Random prompts, samples, orders, stops, slots and cache sizes: each text is as if alone.
+    """With random prompts, samples, orders, stops, slots and cache sizes, each text is as if alone.
 
-    Returns how many rows gave way for lack of pages.
+    Returns how many rows were preempted for lack of pages.
     """
     pick = random.Random(seed)
     samples, heads = pick.randint(1, 5), [[pick.randrange(20, V) for _ in range(pick.randint(0, 40))]
@@ -146,16 +148,16 @@ def fuzz_case(seed: int, model: Decoder) -> int:
     wanted = [Request((i, s), ids, request_seed(seed, i, s), shared)
               for i, (ids, shared) in enumerate(texts) for s in range(samples)]
     common = {"prefix": shared_prefix([ids for ids, _ in texts]),
-              "samples": pick.randint(1, samples),  # with fewer, several copies of a prompt
+              "readers_per_prompt": pick.randint(1, samples),  # fewer: several copies of a prompt
               "stop_ids": range(3, 3 + pick.choice([0, 1, 4, 16])),
               "max_new_tokens": pick.choice([1, 33, 70, 100]),
               "temperature": pick.choice([0.0, 0.8, 1.5]), "top_k": pick.choice([0, 0, 15]),
               "top_p": pick.choice([1.0, 0.8]), "repetition_penalty": pick.choice([1.0, 1.3]),
               "stop_strings": pick.choice([[], ["ga", "da"]]), "decode": spell, "return_logps": True}
     alone = {r.key: generate(model, [r], slots=1, **common)[r.key] for r in wanted}
-    left, remove, gave_way = [], PagedCache.remove_row, 0
+    removed, remove, preempted = [], PagedCache.remove_row, 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PagedCache, "remove_row", lambda *a: (left.append(a), remove(*a)))
+        patch.setattr(PagedCache, "remove_row", lambda *a: (removed.append(a), remove(*a)))
         for _ in range(3):
             pick.shuffle(wanted)
             some, finished = wanted[: pick.randint(1, len(wanted))], []
@@ -167,9 +169,9 @@ def fuzz_case(seed: int, model: Decoder) -> int:
                                on_finish=lambda r, _, finished=finished: finished.append(r.key))
             assert results == {r.key: alone[r.key] for r in some}, seed
             assert sorted(finished) == sorted(r.key for r in some), seed
-            gave_way += len(left) - len(some)
-            left.clear()
-    return gave_way
+            preempted += len(removed) - len(some)
+            removed.clear()
+    return preempted
 
 
 @pytest.mark.parametrize("window", [None, 12])
@@ -179,10 +181,10 @@ def test_any_order_size_and_stop_gives_the_text_of_the_request_alone(cases, wind
                         "sliding_window": window} if window else {})
     model = tiny_model(config=config)
     model.pack_weights()
-    assert sum(fuzz_case(seed, model) for seed in range(cases)) > 0  # some had to start again
+    assert sum(fuzz_case(seed, model) for seed in range(cases)) > 0  # some rows were preempted
 
 
-def test_a_long_prompt_is_read_in_parts(monkeypatch):
+def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch):
     model = tiny_model()
     settings = {"stop_ids": [], "max_new_tokens": 8}
     expected = generate(model, requests(5, 1), **settings)
@@ -243,19 +245,8 @@ def test_a_stop_string_ends_a_text_where_it_is_complete(slots):
     assert any(cut[key] != free[key] for key in free)
 
 
-def test_parts_of_a_character_are_not_ruled_out():
-    """A byte alone decodes to U+FFFD; the stop string is there when its last byte has come."""
-    def decode(ids):
-        return bytes(i % 256 for i in ids).decode("utf-8", errors="replace")
-
-    strings = StopStrings(["né"], decode, 256, torch.device("cpu"))
-    n, first, second = "né".encode()
-    assert strings.suspect[second] and not strings.suspect[ord("x")]
-    assert not strings.end([n, first]) and strings.end([n, first, second])
-
-
 def test_logps_are_those_of_the_training_path():
-    """Whatever was filtered or penalised: the model's own, of every token and of the stop token."""
+    """Whatever was filtered or penalised, they are the model's own, including the stop token's."""
     model = tiny_model()
     results = generate(model, requests(), stop_ids=range(3, 9), max_new_tokens=16, slots=8,
                        temperature=1.5, top_p=0.9, repetition_penalty=1.3, return_logps=True)
@@ -299,12 +290,13 @@ def test_neutral_and_extreme_settings():
                                             ("stop_strings", ["a", ""]),
                                             ("max_new_tokens", 0)])
 def test_meaningless_settings_are_named(setting, value):
-    settings = {"stop_ids": [3], "max_new_tokens": 4, "decode": spell, setting: value}
-    with pytest.raises(InputError, match=setting):
-        generate(tiny_model(), requests(1), **settings)
+    with pytest.raises(InputError, match=f"--{setting} .*: must be "):
+        SamplingParams(**{setting: value})
+    with pytest.raises(InputError, match=f"--{setting} .*: must be "):
+        SampleConfig("m", "o", train_file=["q.jsonl"], **{setting: value})
 
 
-def test_prompts_that_cannot_run_are_named():
+def test_prompts_that_cannot_run_are_errors():
     model = tiny_model()
     positions = model.config.max_position_embeddings
     fits = Request("fits", [7] * (positions - 3))
@@ -341,61 +333,6 @@ def test_shared_prefix_leaves_every_prompt_a_token():
     assert shared_prefix([(1, 2), (3, 4)]) == 0
 
 
-def uniforms(n: int) -> torch.Tensor:
-    words = torch.randint(2**32, (n,), generator=torch.Generator().manual_seed(0))
-    return words.double() / 2**32
-
-
-def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Standard deviations above the mean of a χ² with as many degrees of freedom."""
-    freedom = len(counts) - 1
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    return (statistic - freedom) / math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k, top_p, min_p", [
-    (0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.8, 0.0), (5, 0.8, 0.0), (0, 1.0, 0.3), (5, 1.0, 0.3),
-    (0, 0.8, 0.3), (0, 0.9, 0.05)])
-def test_tokens_follow_the_filtered_softmax(temperature, top_k, top_p, min_p):
-    n, logits = 20_000, torch.linspace(-2, 2, 12)[torch.randperm(12)]
-    probs = (logits / temperature).double().softmax(-1)
-    order = probs.argsort(descending=True).tolist()
-    kept = order[:top_k] if top_k else order
-    mass, nucleus = 0.0, []
-    for token in kept:
-        if mass >= top_p:
-            break
-        nucleus.append(token)
-        mass += float(probs[token] / probs[kept].sum())
-    nucleus = [token for token in nucleus if probs[token] >= min_p * probs.max()]
-    tokens = pick(logits.expand(n, -1), uniforms(n), temperature, top_k, top_p, min_p)
-    assert set(tokens.tolist()) == set(nucleus)
-    expected = probs[nucleus] / probs[nucleus].sum() * n
-    counts = torch.bincount(tokens, minlength=12)[nucleus]
-    assert chi_square(counts, expected) < 4
-
-
-def test_a_nucleus_wider_than_the_first_look():
-    n, size = 4_000, 1_000
-    flat, peaked = torch.zeros(size), torch.zeros(size).index_fill(0, torch.tensor([7]), 50.0)
-    logits = torch.stack([flat, peaked]).repeat(n // 2, 1)
-    tokens = pick(logits, uniforms(n), 1.0, 0, 0.9)
-    assert (tokens[1::2] == 7).all()
-    assert 750 < len(set(tokens[::2].tolist())) <= 901
-    alone = torch.stack([pick(row[None], u[None], 1.0, 0, 0.9)[0]
-                         for row, u in zip(logits[:64], uniforms(n)[:64], strict=True)])
-    assert torch.equal(alone, tokens[:64])
-
-
-def test_extreme_uniforms_stay_inside_the_support():
-    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]])
-    for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.99), (3, 0.5)):
-        for u in (0.0, 1 - 2.0**-32):
-            token = pick(logits, torch.tensor([u], dtype=torch.float64), 1.0, top_k, top_p)
-            assert int(token) in (0, 2)
-
-
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
 def test_greedy_equals_transformers(tmp_path, penalty):
     transformers = pytest.importorskip("transformers")
@@ -413,94 +350,3 @@ def test_greedy_equals_transformers(tmp_path, penalty):
         expected = out[0, len(request.prompt_ids) :].tolist()
         got = results[request.key]
         assert got.ids + [2] * got.finished == expected
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A checkpoint, and questions enough for a run that can be caught half-way."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny_checkpoint(folder / "m", scale=2.0)
-    write_rows(folder / "q.jsonl", [question(i, i % 13 + 2, 7 * i % 11 + 1) for i in range(30)])
-    return folder
-
-
-def command(world, output, *flags, launcher=()):
-    return [sys.executable, *launcher, str(ROOT / "train" / "sample.py"), "--model_name_or_path",
-            str(world / "m"), "--train_file", str(world / "q.jsonl"), "--output_dir",
-            str(output), "--num_samples", "2", "--temperature", "1", "--max_new_tokens", "80",
-            "--per_device_batch_size", "8", "--device", "cpu", "--seed", "0", *flags]
-
-
-def sample(*arguments, **options):
-    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def whole(world):
-    output = world / "whole"
-    return sample(world, output), (output / "samples.jsonl").read_bytes()
-
-
-def test_rows_and_report(world, whole):
-    printed, data = whole
-    rows = [json.loads(line) for line in data.splitlines()]
-    assert [(r["id"], r["prompt_style"], r["sample"]) for r in rows] == [
-        (f"q{i}", style, s) for i in range(30) for style in ("direct", "cot") for s in (0, 1)]
-    assert {"id", "task", "dataset", "question", "answer", "sample", "prompt_style", "prompt",
-            "text", "seed", "n_tokens", "finished", "extracted", "correct"} <= rows[0].keys()
-    assert rows[0]["prompt"].startswith("<|im_start|>user\n") and "<|im_end|>" in rows[0]["prompt"]
-    assert not any("<|im_end|>" in row["text"] for row in rows)
-    assert "60 rows in = 60 used" in printed and "cot" in printed
-    run = json.loads((world / "whole" / "run.json").read_text())
-    assert run["finished"] and run["counts"]["prompts"]["used"] == 60
-    assert list((world / "whole").glob("*.rank*")) == []
-
-
-def test_stop_strings_and_logps_in_the_rows(world, tmp_path, whole):
-    common = max("abcdefghij", key=whole[1].decode().count)
-    sample(world, tmp_path / "o", "--stop_strings", common, "zzz", "--return_logps", "True")
-    texts = {}
-    for row in map(json.loads, whole[1].splitlines()):
-        texts[row["id"], row["prompt_style"], row["sample"]] = row["text"].partition(common)[0]
-    for row in map(json.loads, (tmp_path / "o" / "samples.jsonl").read_bytes().splitlines()):
-        assert row["text"] == texts[row["id"], row["prompt_style"], row["sample"]]
-        assert row["n_tokens"] <= len(row["logps"]) <= row["n_tokens"] + 1
-        assert all(logp <= 0 for logp in row["logps"])
-
-
-def test_a_killed_run_ends_with_the_same_bytes(world, whole):
-    output = world / "killed"
-    file = output / "samples.jsonl"
-    process = subprocess.Popen(command(world, output), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if file.exists() and file.read_bytes().count(b"\n") >= 10:
-            process.kill()
-        time.sleep(0.002)
-    assert process.wait() == -signal.SIGKILL, "ended before it could be killed"
-    before = file.read_bytes()
-    assert 10 <= before.count(b"\n") < 120
-    file.write_bytes(before + b'{"id": "q1", "torn')
-    refused = subprocess.run(command(world, output, "--temperature", "0.5"), capture_output=True,
-                             text=True)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ")
-    assert "temperature" in refused.stderr and "Traceback" not in refused.stderr
-    sample(world, output, "--per_device_batch_size", "5")
-    assert file.read_bytes() == whole[1]
-
-
-@pytest.mark.slow
-def test_two_processes_write_what_one_writes(world, whole):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    sample(world, world / "two", launcher=launcher)
-    assert (world / "two" / "samples.jsonl").read_bytes() == whole[1]
-
-
-def test_overlong_prompts_are_dropped_and_counted(world, tmp_path):
-    long = {**question(99, 1, 2), "question": "many words " * 300}
-    write_rows(tmp_path / "q.jsonl", [question(0, 1, 2), long])
-    printed = sample(world, tmp_path / "o", "--train_file", str(tmp_path / "q.jsonl"))
-    assert "4 rows in = 2 used, 2 too long" in printed

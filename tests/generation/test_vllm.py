@@ -1,6 +1,6 @@
-"""The vLLM engine against a stand-in for vLLM, whose answers our own engine writes.
+"""The vLLM adapter against a stand-in for vLLM that generates with our own engine.
 
-vLLM itself needs a GPU: what is tested here is what it is asked, and what becomes of its answers.
+vLLM itself needs a GPU. Tested here: what it is asked, and what its answers become.
 """
 
 import json
@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 import pytest
 from tiny import question, tiny_checkpoint, write_rows
 
-from srit.generation.engine import Request, generate
+from srit import launch
+from srit.config import SampleConfig
+from srit.generation import params as ours
+from srit.generation.engine import generate
 from srit.models import load_model
 from srit.runtime import shutdown
 from srit.text.tokenizer import load_tokenizer
@@ -20,7 +23,7 @@ from srit.train import sample
 
 @dataclass
 class SamplingParams:
-    """The parameters that we pass, under vLLM's names: an unknown one is a TypeError, as there."""
+    """The parameters that we pass, by vLLM's names; an unknown one is a TypeError, as in vLLM."""
 
     temperature: float
     top_p: float
@@ -55,12 +58,14 @@ class Engine:
         self.aborted += request_ids
 
     def step(self):
-        """The last request ends: out of order, as in vLLM."""
+        """The last request finishes first: out of order, as in vLLM."""
         request_id, ids, p = self.waiting.pop()
-        result = generate(self.model, [Request(0, ids, p.seed)], stop_ids=p.stop_token_ids,
-                          max_new_tokens=p.max_tokens, temperature=p.temperature, top_k=p.top_k,
-                          top_p=p.top_p, min_p=p.min_p, repetition_penalty=p.repetition_penalty,
-                          stop_strings=p.stop, decode=self.decode, return_logps=p.logprobs == 0)[0]
+        params = ours.SamplingParams(
+            max_new_tokens=p.max_tokens, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p,
+            min_p=p.min_p, repetition_penalty=p.repetition_penalty, stop_strings=p.stop,
+            return_logps=p.logprobs == 0)
+        result = generate(self.model, [ours.Request(0, ids, p.seed)], params,
+                          stop_ids=p.stop_token_ids, decode=self.decode)[0]
         tokens, reason = list(result.ids), None
         if result.finished:
             reason = next((s for s in p.stop if s in self.decode(result.ids)), p.stop_token_ids[0])
@@ -75,7 +80,7 @@ class Engine:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A module named vllm; returns the arguments of every LLM that was made."""
+    """A module named vllm; the fixture lists the arguments and engine of every LLM made."""
     made = []
 
     def llm(path, **settings):
@@ -101,7 +106,7 @@ def world(tmp_path_factory):
 
 
 def run(world, output, *flags):
-    sample.run(sample.SampleConfig, "sample", sample.main, [
+    launch.run(SampleConfig, "sample", sample.main, [
         "--model_name_or_path", str(world / "model"), "--train_file", str(world / "questions.jsonl"),
         "--output_dir", str(output), "--num_samples", "2", "--temperature", "0", "--max_new_tokens",
         "24", "--dtype", "float32", "--device", "cpu", *flags])
@@ -125,11 +130,11 @@ def test_the_rows_are_those_of_our_own_engine(world, tmp_path, stand_in, flags):
     assert settings["trust_remote_code"] is False
 
 
-def test_a_stopped_run_goes_on(world, tmp_path, stand_in, monkeypatch):
+def test_a_stopped_run_aborts_what_is_left(world, tmp_path, stand_in, monkeypatch):
     asked = iter(range(100))
     monkeypatch.setattr(shutdown, "requested", lambda: next(asked) > 4)
     with pytest.raises(shutdown.Stopped):
-        cfg = sample.SampleConfig(
+        cfg = SampleConfig(
             model_name_or_path=str(world / "model"), output_dir=str(tmp_path / "o"), engine="vllm",
             train_file=[str(world / "questions.jsonl")], temperature=0, num_samples=2,
             max_new_tokens=24, dtype="float32", device="cpu")
@@ -138,7 +143,7 @@ def test_a_stopped_run_goes_on(world, tmp_path, stand_in, monkeypatch):
     monkeypatch.undo()
 
 
-def test_what_is_missing_is_named(world, tmp_path, monkeypatch, capsys):
+def test_vllm_missing_is_an_error(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit) as end:
         run(world, tmp_path / "o", "--engine", "vllm")

@@ -1,4 +1,4 @@
-"""What a completion answers: a table of cases, and agreement with real teachers."""
+"""Extraction and grading of answers: a table of cases, and agreement with real teachers."""
 
 import json
 import os
@@ -97,13 +97,13 @@ LETTERS = [
 
 
 @pytest.mark.parametrize("text,flexible,strict", NUMBERS)
-def test_numbers(text, flexible, strict):
+def test_number_of_a_completion(text, flexible, strict):
     assert show(extract_number(text)) == flexible
     assert show(extract_number(text, strict=True)) == strict
 
 
 @pytest.mark.parametrize("text,flexible,strict", LETTERS)
-def test_letters(text, flexible, strict):
+def test_letter_of_a_completion(text, flexible, strict):
     assert extract_letter(text, CHOICES) == flexible
     assert extract_letter(text, CHOICES, strict=True) == strict
 
@@ -116,7 +116,7 @@ def test_equality_is_relative_and_tight(a, b, same):
     assert equal(numbers(a)[0], numbers(b)[0]) == same
 
 
-def test_grade_is_one_judge_for_both_tasks():
+def test_grade_handles_both_tasks():
     math = grade("He has 3 + 4 = 7.", {"task": "math", "answer": "7"})
     assert (math.extracted, math.correct) == ("7", True)
     assert (math.strict_extracted, math.strict_correct) == (None, False)
@@ -125,7 +125,7 @@ def test_grade_is_one_judge_for_both_tasks():
     assert not grade("", {"task": "math", "answer": "0"}).correct
 
 
-def test_long_and_hostile_text_is_judged_quickly():
+def test_long_and_hostile_text_is_graded_quickly():
     started = time.perf_counter()
     for text in ("the answer " * 10_000, "1," * 50_000, "9" * 100_000, "(A " * 30_000,
                  "answer is 1" * 10_000, "$" * 100_000, "\\frac{" * 20_000):

@@ -1,14 +1,15 @@
-"""The pairing policies, and the count of what gave no pair and why."""
+"""The pairing policies, and why questions give no pair."""
 
-import json
 import random
 
 import pytest
 from tiny import demo, write_rows
 
 from srit.config import PairConfig
-from srit.grading.pairs import build_pairs, summarize
+from srit.grading.pairs import build_pairs, summarize_pairs
 from srit.runtime.files import InputError
+from srit.runtime.jsonl import read_jsonl
+from srit.runtime.run_dir import read_run
 from srit.train import pair as stage
 
 RIGHT, WRONG = "So 3 + 4 = 7. The answer is 7.", "So 3 + 5 = 8. The answer is 8."
@@ -40,17 +41,17 @@ SAMPLES = [
 def test_paper_prefers_own_right_cot_over_the_direct_answer():
     pairs, _ = build_pairs(SAMPLES, [], "paper", max_pairs_per_question=9)
     assert {c for c, _ in texts(pairs)} == {RIGHT}
-    # a text stands once on a side: one right CoT answer gives one pair, whatever the cap
+    # a text is used once per side, so one right CoT answer gives one pair, whatever the cap
     assert len(pairs) == 1 and pairs[0]["rejected_style"] == "direct"
     assert pairs[0]["chosen_source"] == "self"
 
 
-def test_paper_lets_the_teacher_stand_in():
+def test_paper_falls_back_to_the_teacher():
     own = [sample(0, "cot", 0, WRONG, False), sample(0, "direct", 0, "7", True)]
     (pair,), _ = build_pairs(own, [teacher(0)], "paper")
     assert pair["chosen"][0]["content"] == teacher(0)["completion"]
     assert pair["chosen_source"] == "teacher" and pair["rejected_correct"]
-    assert summarize([pair])["rejected_correct"] == 1
+    assert summarize_pairs([pair])["rejected_correct"] == 1
     nothing, counts = build_pairs(own, [teacher(0, right=False)], "paper")
     assert not nothing and counts[1].dropped == {"no right answer to prefer": 1}
 
@@ -72,7 +73,7 @@ def test_mixed_rejects_any_wrong_answer():
     assert not nothing and counts[1].dropped == {"every answer right": 1}
 
 
-def test_a_pair_is_a_trl_row_with_its_audit():
+def test_a_pair_is_a_trl_row_with_its_origin():
     (pair,), _ = build_pairs(SAMPLES, [], "correctness", pair_prompt="direct")
     assert pair["prompt"][0]["role"] == "user"
     assert pair["prompt"][0]["content"].endswith("Answer:")
@@ -82,28 +83,28 @@ def test_a_pair_is_a_trl_row_with_its_audit():
     assert cot["prompt"][0]["content"].endswith("Let's think step by step")
 
 
-def test_d13_duplicates_caps_and_unusable_samples():
+def test_duplicates_and_unusable_samples_are_dropped_and_pairs_capped():
+    """Checklist D13."""
     rows = SAMPLES + [
-        sample(0, "cot", 2, "  " + RIGHT.replace(" 3", "\n3"), True),  # the same but for spaces
+        sample(0, "cot", 2, "  " + RIGHT.replace(" 3", "\n3"), True),  # differs only in whitespace
         sample(0, "cot", 3, "The answer is 8 and so", False, finished=False),
         sample(0, "cot", 4, "  ", False)]
     pairs, counts = build_pairs(rows, [], "mixed", max_pairs_per_question=9)
     assert counts[0].dropped == {"duplicate text": 1, "cut off at max_new_tokens": 1, "empty": 1}
     assert len(pairs) == 1
     many = [sample(0, "cot", n, f"{n}. The answer is {7 + n % 2}.", n % 2 == 0) for n in range(12)]
-    assert len(build_pairs(many, [], "correctness", max_pairs_per_question=4)[0]) == 4
-    assert len({p["id"] for p in build_pairs(many, [], "correctness",
-                                             max_pairs_per_question=4)[0]}) == 4
+    capped, _ = build_pairs(many, [], "correctness", max_pairs_per_question=4)
+    assert len(capped) == len({pair["id"] for pair in capped}) == 4
 
 
-def test_identical_texts_are_no_pair():
-    """A judge's mistake could call the same text right and wrong; it must not become a pair."""
+def test_identical_texts_make_no_pair():
+    """Even if the same text was graded right once and wrong once."""
     own = [sample(0, "direct", 0, teacher(0)["completion"], False)]
     pairs, counts = build_pairs(own, [teacher(0)], "paper")
     assert not pairs and counts[1].dropped == {"chosen and rejected are the same text": 1}
 
 
-def test_order_of_the_rows_does_not_matter_and_the_seed_does():
+def test_pairs_depend_on_the_seed_and_not_on_the_order_of_rows():
     rows = [sample(i, "cot", n, f"{i} {n}. The answer is {7 + n % 2}.", n % 2 == 0)
             for i in range(8) for n in range(6)]
     first = build_pairs(rows, [], "correctness", seed=1)[0]
@@ -112,7 +113,7 @@ def test_order_of_the_rows_does_not_matter_and_the_seed_does():
     assert build_pairs(rows, [], "correctness", seed=2)[0] != first
 
 
-def test_closest_length():
+def test_closest_length_prefers_sides_of_similar_length():
     rows = [sample(0, "cot", 0, RIGHT, True), sample(0, "cot", 1, WRONG + " And so on." * 9, False),
             sample(0, "cot", 2, WRONG, False)]
     assert texts(build_pairs(rows, [], "correctness", selection="closest_length")[0]) == [
@@ -132,14 +133,13 @@ def test_two_texts_for_one_sample_are_refused():
         build_pairs([SAMPLES[0], {**SAMPLES[0], "text": "other"}], [])
 
 
-def test_stage_writes_pairs_and_counts(tmp_path, capsys):
+def test_the_stage_writes_pairs_and_counts(tmp_path, capsys):
     file = write_rows(tmp_path / "samples.jsonl", SAMPLES)
     cfg = PairConfig([str(file)], str(tmp_path / "out"), policy="correctness")
     stage.main(cfg)
     assert "questions: 1 rows in = 1 used" in capsys.readouterr().out
-    rows = [json.loads(x) for x in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
-    assert texts(rows) == [(RIGHT, WRONG)]
-    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert texts(read_jsonl(tmp_path / "out/pairs.jsonl")) == [(RIGHT, WRONG)]
+    run = read_run(tmp_path / "out")
     assert run["finished"] and run["counts"]["samples"]["in"] == 4 and run["pairs"]["pairs"] == 1
 
 
@@ -148,7 +148,7 @@ def test_stage_writes_pairs_and_counts(tmp_path, capsys):
     ([{k: v for k, v in SAMPLES[0].items() if k != "text"}], r":1: the row has no field 'text'"),
     ([{**SAMPLES[0], "correct": "yes"}], "field 'correct' must be bool"),
 ])
-def test_bad_samples(tmp_path, rows, message):
+def test_bad_samples_are_named(tmp_path, rows, message):
     file = write_rows(tmp_path / "samples.jsonl", rows)
     with pytest.raises(InputError, match=message):
         stage.main(PairConfig([str(file)], str(tmp_path / "out")))

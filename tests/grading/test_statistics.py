@@ -1,24 +1,19 @@
-"""Statistics with numbers worked out by hand, and the evaluation script on a tiny model."""
-
-import json
+"""Statistics of evaluation, against numbers worked out by hand."""
 
 import pytest
-import torch
-from tiny import question, tiny_checkpoint, write_rows
 
-from srit.generation.loglikelihood import best, completion_logps
 from srit.grading.statistics import (
+    accuracy_rows,
     compare,
     majority_correct,
     pass_at_k,
     pool,
-    summarise,
+    summarize_generations,
     wilson_interval,
 )
-from srit.models import KVCache, load_model
 
 
-def test_wilson_interval():
+def test_wilson_interval_by_hand():
     """5 of 10, z² = 3.8415: centre 0.5, half width 1.96·sqrt(.025 + .0960)/1.38415 = 0.26341."""
     assert wilson_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
     low, high = wilson_interval(0, 10)  # upper end z²/(n + z²)
@@ -28,7 +23,7 @@ def test_wilson_interval():
     assert wilson_interval(0, 0) == (0, 1)
 
 
-def test_pass_at_k():
+def test_pass_at_k_by_hand():
     """5 samples, 2 right: k = 1 gives 2/5, k = 2 gives 1 - C(3,2)/C(5,2) = 1 - 3/10."""
     assert pass_at_k(5, 2, 1) == pytest.approx(0.4)
     assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
@@ -38,7 +33,7 @@ def test_pass_at_k():
         pass_at_k(5, 2, 6)
 
 
-def test_majority():
+def test_the_majority_decides_ties_go_to_the_first_and_silence_does_not_vote():
     assert majority_correct(["7", "8", "7"], [True, False, True])
     assert not majority_correct(["7", "8", "8"], [True, False, False])
     assert majority_correct(["7", "8"], [True, False])  # a tie: the first
@@ -63,9 +58,9 @@ def row(name: str, sample: int, extracted: str | None, correct: bool, tokens: in
             "correct_strict": False, "finished": extracted is not None, "n_tokens": tokens}
 
 
-def test_summarise_greedy():
+def test_summary_of_one_generation_per_question():
     rows = [row("a", 0, "1", True), row("b", 0, "2", False), row("c", 0, None, False, 40)]
-    result = summarise(rows)
+    result = summarize_generations(rows)
     assert result["n"] == 3 and result["accuracy"] == pytest.approx(1 / 3)
     assert result["interval"] == pytest.approx(list(wilson_interval(1, 3)))
     assert result["accuracy_strict"] == 0 and result["unparsed"] == 1
@@ -73,11 +68,11 @@ def test_summarise_greedy():
     assert not any("@" in key for key in result)
 
 
-def test_summarise_samples():
+def test_summary_of_several_samples_per_question():
     """a: right 2 of 3, so pass@2 = 1 - C(1,2)/C(3,2) = 1; b: right 1 of 3, pass@2 = 1 - 1/3."""
     rows = [row("a", 0, "1", True), row("a", 1, "1", True), row("a", 2, "3", False),
             row("b", 0, "5", False), row("b", 1, "5", False), row("b", 2, "2", True)]
-    result = summarise(rows)
+    result = summarize_generations(rows)
     assert result["n"] == 2 and result["samples"] == 3
     assert result["accuracy"] == result["pass@1"] == pytest.approx(0.5)
     assert result["pass@2"] == pytest.approx((1 + 2 / 3) / 2) and result["pass@3"] == 1
@@ -85,7 +80,7 @@ def test_summarise_samples():
     assert result["interval"] == pytest.approx(list(wilson_interval(1, 2)))
 
 
-def test_pool_weighs_questions_and_files():
+def test_pooled_accuracy_weights_questions_and_macro_accuracy_weights_files():
     files = [{"n": 10, "accuracy": 0.5, "accuracy_strict": 0.4},
              {"n": 30, "accuracy": 0.1, "accuracy_strict": 0.0}]
     pooled = pool(files)
@@ -96,89 +91,18 @@ def test_pool_weighs_questions_and_files():
     assert pool([]) is None
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny_checkpoint(folder / "m", scale=2.0)
-    write_rows(folder / "sums.jsonl", [question(i, i, 2 * i) for i in range(6)])
-    (folder / "colours").mkdir()
-    write_rows(folder / "colours" / "dev.jsonl", [
-        {"id": f"c{i}", "task": "choice", "question": f"Which thing is red, number {i}?",
-         "choices": {"A": "blood", "B": "the sky", "C": "grass"}, "answer": "ABC"[i % 3]}
-        for i in range(6)])
-    return folder
+def test_the_accuracy_table_lists_data_sets_then_domains():
+    def file(dataset, n, accuracy, inside):
+        return {"dataset": dataset, "n": n, "accuracy": accuracy, "accuracy_strict": 0.0,
+                "in_domain": inside}
 
-
-def evaluate(world, output, *files, **flags):
-    from srit.config import EvalConfig
-    from srit.train.eval import main
-
-    main(EvalConfig(model_name_or_path=str(world / "m"), output_dir=str(world / output),
-                    eval_file=[str(world / f) for f in files], device="cpu", dtype="float32",
-                    max_new_tokens=12, **flags))
-    results = json.loads((world / output / "results.json").read_text())
-    lines = (world / output / "generations.jsonl").read_text().splitlines()
-    return results, [json.loads(line) for line in lines]
-
-
-def test_eval_writes_accuracy_with_its_interval(world, capsys):
-    results, rows = evaluate(world, "greedy", "sums.jsonl", "colours/dev.jsonl", in_domain=["sums"])
-    names = {path.rpartition("/")[2]: part for path, part in results["files"].items()}
-    sums, colours = names["sums.jsonl"], names["dev.jsonl"]
-    assert (sums["n"], sums["dataset"], sums["in_domain"]) == (6, "sums", True)
-    assert (colours["n"], colours["dataset"], colours["in_domain"]) == (6, "colours", False)
-    right = sum(r["correct"] for r in rows if r["dataset"] == "colours")
-    assert colours["accuracy"] == pytest.approx(right / 6)
-    assert colours["interval"] == pytest.approx(list(wilson_interval(right, 6)))
-    assert results["out_of_domain"]["n"] == 6 and results["in_domain"]["n"] == 6
-    assert len(rows) == 12 and rows[0]["prompt"].endswith("assistant\n")
-    printed = capsys.readouterr().out
-    assert "colours (out)" in printed and "95 % interval" in printed
-    run = json.loads((world / "greedy" / "run.json").read_text())
-    assert run["finished"] and run["stage"] == "eval"
-
-
-def test_eval_with_samples(world):
-    results, rows = evaluate(world, "sampled", "sums.jsonl", num_samples=3, temperature=1.0)
-    (part,) = results["files"].values()
-    assert part["n"] == 6 and len(rows) == 18
-    assert {"pass@1", "pass@2", "pass@3", "maj@3"} <= part.keys()
-    assert part["in_domain"] is None and results["in_domain"] is None
-
-
-def test_option_scores_are_those_of_the_plain_forward(world):
-    model, _ = load_model(world / "m")
-    prompt, completions = [5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]
-    cache = KVCache(model.config, 4, 16)
-    for _ in range(2):  # the cache is used again
-        got = completion_logps(model, cache, prompt, completions)
-        for value, completion in zip(got, completions, strict=True):
-            with torch.no_grad():
-                logp = model(torch.tensor([prompt + completion]))[0].log_softmax(-1)
-            expected = sum(logp[len(prompt) - 1 + i, t] for i, t in enumerate(completion))
-            assert float(value) == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_best_option():
-    logps = {"A": -3.0, "B": -4.0}
-    assert best(logps) == "A"
-    assert best(logps, {"A": "xy", "B": "wxyz"}) == "B"  # -1.5 and -1 a character
-
-
-def test_eval_by_options(world):
-    results, rows = evaluate(world, "options", "colours/dev.jsonl", scoring="options")
-    (part,) = results["files"].values()
-    assert part["n"] == 6 and part["accuracy"] == sum(r["correct"] for r in rows) / 6
-    assert {"accuracy_text", "accuracy_text_norm"} <= part.keys()
-    assert rows[0]["extracted"] == best(rows[0]["logp_letter"])
-
-
-@pytest.mark.parametrize("files, flags, message", [
-    (["sums.jsonl"], {"scoring": "options"}, "needs multiple choice"),
-    (["sums.jsonl", "sums.jsonl"], {}, "stands already in"),
-])
-def test_what_cannot_be_evaluated_is_named(world, files, flags, message):
-    from srit.runtime.files import InputError
-
-    with pytest.raises(InputError, match=message):
-        evaluate(world, f"bad{message[:3]}", *files, **flags)
+    far = {"far.jsonl": file("far", 5, 0.2, False)}
+    near = {"near/dev.jsonl": file("near", 10, 0.5, True),
+            "near/test.jsonl": file("near", 30, 0.1, True)}
+    rows = accuracy_rows([{"files": far | near}, {"files": far}])
+    assert [row["name"] for row in rows] == ["near", "far", "all in domain", "all out of domain"]
+    assert [row["n"] for row in rows] == [40, 5, 40, 5]
+    assert rows[0]["cells"][0]["accuracy"] == pytest.approx(0.2) and rows[0]["cells"][1] is None
+    assert rows[1]["cells"] == rows[3]["cells"] and rows[0]["cells"] == rows[2]["cells"]
+    (unnamed,) = accuracy_rows([{"files": {"far": file("far", 5, 0.2, None)}}])
+    assert unnamed["name"] == "far" and unnamed["in_domain"] is None

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel for a GPU that need not be there, and prints what it takes.
+"""Compiles every Triton kernel and prints the resources it takes; no GPU needed.
 
-    python tests/aot.py 80 90        one JSON line a kernel and architecture
+    python tests/kernels/aot.py 80 90        one JSON line per kernel variant and architecture
 """
 
 import json
@@ -21,15 +21,15 @@ from srit.kernels import paged_attention_triton, pair_head_triton, row_softmax_t
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {"targets_ptr": "*i64", "cu_ptr": "*i64", "n": "i32", "W": "i32", "scale": "fp32",
-         **dict.fromkeys(("pages_ptr", "prompt_pages_ptr", "starts_ptr", "lengths_ptr"), "*i32")}
-FLOATS = ("beta", "tilt", "rpo_alpha")
+         **dict.fromkeys(("pages_ptr", "starts_ptr", "lengths_ptr"), "*i32")}
+FLOATS = ("beta", "smoothing_slope", "rpo_alpha")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARIES = [(v, 32 * triton.cdiv(v, 32)) for v in (65, 32003, 49152, 128256, 151936)]  # and stride
 # (key/value heads, queries of each, head size): SmolLM2-135M, Llama-3.2-1B, Qwen2.5-1.5B, Gemma 3
 ATTENTION = [(3, 3, 64), (8, 4, 64), (2, 6, 128), (1, 4, 256)]
-# (vocabulary, D): a ragged one, then those of SmolLM2-135M, Llama-3.2-1B, Qwen2.5-7B
+# (vocabulary, D): one that no block divides, then those of SmolLM2-135M, Llama-3.2-1B, Qwen2.5-7B
 HEADS = [(32003, 896), (49152, 576), (128256, 2048), (152064, 3584)]
-ACCESS = r"(?:ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)"  # 1: elements, 2: bits of one
+ACCESS = r"(?:ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)"  # groups: elements, bits of one
 
 
 class Variant(NamedTuple):
@@ -41,9 +41,9 @@ class Variant(NamedTuple):
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Everything that the operations launch on this architecture."""
+    """All that the operations launch on this architecture."""
     for dtype in DTYPES:
-        # Vocabularies change constants, not code: 16-bit codes differ in a conversion.
+        # bf16 stands for all: other vocabularies change constants, fp16 changes a conversion.
         for vocab, width in VOCABULARIES if dtype == "bf16" else VOCABULARIES[1:3]:
             yield from row_softmax_variants(dtype, vocab, width)
         for vocab, d in HEADS if dtype == "bf16" else HEADS[:2]:
@@ -64,15 +64,11 @@ def variants(arch: int) -> Iterator[Variant]:
 def row_softmax_variants(dtype: str, vocab: int, width: int) -> Iterator[Variant]:
     options = row_softmax_triton.launch_options(vocab)
     sizes = {"VOCAB": vocab, "WIDTH": width, "BLOCK": options.pop("BLOCK")}
-    capped = [(0.5, 30.0)] if vocab in (32003, 128256) else []
-    for scale, softcap in [(1.0, 0.0), *capped]:
-        constants = {**sizes, "SCALE": scale, "SOFTCAP": softcap}
-        for coef in (False, True):
-            yield Variant(row_softmax_triton.grad_kernel, dtype, {**constants, "HAS_COEF": coef},
-                          options)
-        for stats, grad in ((False, False), (True, False), (False, True), (True, True)):
-            flags = {"STATS": stats, "GRAD": grad, "HAS_COEF": grad}
-            yield Variant(row_softmax_triton.logp_kernel, dtype, {**constants, **flags}, options)
+    for coef in (False, True):
+        yield Variant(row_softmax_triton.grad_kernel, dtype, {**sizes, "HAS_COEF": coef}, options)
+    for stats, grad in ((False, False), (True, False), (False, True), (True, True)):
+        flags = {"STATS": stats, "GRAD": grad, "HAS_COEF": grad}
+        yield Variant(row_softmax_triton.logp_kernel, dtype, {**sizes, **flags}, options)
 
 
 def scoring_variants(dtype: str, vocab: int, d: int, arch: int) -> Iterator[Variant]:
@@ -80,16 +76,13 @@ def scoring_variants(dtype: str, vocab: int, d: int, arch: int) -> Iterator[Vari
     blocks = {k: v for k, v in launch.items() if k.startswith("BLOCK")}
     options = {k: v for k, v in launch.items() if not k.startswith("BLOCK")}
     tile = {m: f"tensordesc<{dtype}[{blocks[m]}, {blocks['BLOCK_K']}]>" for m in ("BLOCK_M", "BLOCK_N")}
-    for softcap in (0.0, 30.0) if d in (896, 2048) else (0.0,):
-        numbers = {"VOCAB": vocab, "D": d, "LOG_SCALE": 1.4426950408889634, "SOFTCAP": softcap,
-                   "SLICES": scoring_triton.SLICES}
-        for tma in (False, True) if arch >= 90 else (False,):
-            constants = {**numbers, **blocks, "TMA": tma, "WIDEN": False,
-                         "GROUP_M": scoring_triton.GROUP_M}
-            descriptors = {"x": tile["BLOCK_M"], "w": tile["BLOCK_N"]} if tma else {}
-            yield Variant(scoring_triton.partials_kernel, dtype, constants, options, descriptors)
-        merge = {**numbers, "BLOCK": scoring_triton.DOT_BLOCK}
-        yield Variant(scoring_triton.merge_kernel, dtype, merge, {"num_warps": 4})
+    sizes = {"VOCAB": vocab, "D": d, "SLICES": scoring_triton.SLICES}
+    for tma in (False, True) if arch >= 90 else (False,):
+        constants = {**sizes, **blocks, "TMA": tma, "WIDEN": False, "GROUP_M": scoring_triton.GROUP_M}
+        descriptors = {"x": tile["BLOCK_M"], "w": tile["BLOCK_N"]} if tma else {}
+        yield Variant(scoring_triton.partials_kernel, dtype, constants, options, descriptors)
+    merge = {**sizes, "BLOCK": scoring_triton.DOT_BLOCK}
+    yield Variant(scoring_triton.merge_kernel, dtype, merge, {"num_warps": 4})
 
 
 def paged_attention_variants(dtype: str, kv_heads: int, group: int, size: int) -> Iterator[Variant]:
@@ -106,7 +99,7 @@ def argument_type(name: str, variant: Variant) -> str:
         return variant.descriptors[name]
     if name in FLOATS:
         return "fp32"
-    wide = {"raw_ptr", "x_ptr", "w_ptr", "x", "w", "q_ptr", "keys_ptr", "values_ptr", "out_ptr"}
+    wide = {"logits_ptr", "x_ptr", "w_ptr", "x", "w", "q_ptr", "keys_ptr", "values_ptr", "out_ptr"}
     return TYPES.get(name, "*" + (variant.dtype if name in wide else "fp32"))
 
 

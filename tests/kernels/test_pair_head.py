@@ -1,4 +1,4 @@
-"""The preference loss, by hand and against autograd; the twin and the Triton kernels alike."""
+"""`pair_head` and `segment_sum` against float64, PyTorch twins and Triton kernels alike."""
 
 import math
 
@@ -6,54 +6,10 @@ import pytest
 import torch
 
 from srit.kernels import dpo_loss, pair_head, segment_sum
-from srit.kernels.pair_head import LOSS_TYPES, SMOOTHED
+from srit.kernels.preference_loss import LOSS_TYPES, SMOOTHED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = [(name, 0.0) for name in LOSS_TYPES] + [(name, 0.1) for name in SMOOTHED]
-
-
-@pytest.fixture(params=["torch", "triton"])
-def kernels(request, monkeypatch):
-    monkeypatch.setenv("SRIT_KERNELS", request.param)
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "label_smoothing", "expected"),
-    [
-        # log-ratios +1 (4 tokens) and -0.5 (5 tokens): d = 1.5, beta d = 0.15, d' = 0.25 + 0.1
-        ("sigmoid", 0.0, 0.6209570477895321),  # ln(1 + e^-0.15)
-        ("sigmoid", 0.1, 0.6359570477895321),  # ... + 0.1 * 0.15
-        ("robust", 0.1, 0.6022070477895321),  # (0.9 a - 0.1 (a + 0.15)) / 0.8
-        ("hinge", 0.0, 0.85),
-        ("ipo", 0.0, 21.6225),  # (0.35 - 5)^2
-        ("sigmoid_norm", 0.0, 0.6758002977448283),  # ln(1 + e^-0.035)
-    ],
-)
-def test_losses_by_hand(loss_type, label_smoothing, expected):
-    arguments = tensor(-10), tensor(-12), tensor(-11), tensor(-11.5)
-    losses, chosen, rejected = dpo_loss(
-        *arguments, 0.1, loss_type, label_smoothing, torch.tensor([4]), torch.tensor([5])
-    )
-    assert losses.item() == pytest.approx(expected, rel=1e-14)
-    assert chosen.item() == pytest.approx(0.1, rel=1e-14)
-    assert rejected.item() == pytest.approx(-0.05, rel=1e-14)
-
-
-def test_a_pair_the_wrong_way_round():
-    losses, _, _ = dpo_loss(tensor(-12), tensor(-10), tensor(-11.5), tensor(-11), 0.1)
-    assert losses.item() == pytest.approx(0.7709570477895321, rel=1e-14)  # ln(1 + e^0.15)
-
-
-@pytest.mark.parametrize(("loss_type", "label_smoothing"), SETTINGS)
-def test_gradients_in_float64(loss_type, label_smoothing):
-    sums = [(-20 * torch.rand(5, dtype=torch.float64)).requires_grad_() for _ in range(4)]
-    lengths = torch.tensor([4, 1, 7, 2, 3]), torch.tensor([5, 2, 1, 9, 3])
-    settings = 0.3, loss_type, label_smoothing, *lengths
-    assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, *settings), sums)
 
 
 def batch(pairs, longest):
@@ -66,8 +22,8 @@ def batch(pairs, longest):
 
 @pytest.mark.parametrize("rpo_alpha", [0.0, 0.7])
 @pytest.mark.parametrize(("loss_type", "label_smoothing"), SETTINGS)
-def test_against_float64(kernels, loss_type, label_smoothing, rpo_alpha):
-    """Losses, rewards, sums and slopes; boundaries count from somewhere inside a longer batch."""
+def test_agrees_with_dpo_loss_in_float64(kernels, loss_type, label_smoothing, rpo_alpha):
+    """Losses, rewards, sums and slopes; the boundaries start inside a longer batch."""
     logps, cu, refs = batch(9, 2500)  # sequences longer than one block
     wide = logps.double().requires_grad_()
     sums = torch.stack([p.sum() for p in wide.split(cu.diff().tolist())])
@@ -119,7 +75,7 @@ def test_a_segment_does_not_depend_on_its_neighbours(kernels):
         assert torch.equal(segment_sum(alone, torch.tensor([0, len(alone)])), sums[i : i + 1])
 
 
-def test_nan_reaches_the_loss(kernels):
+def test_nan_log_probs_give_a_nan_loss(kernels):
     logps = torch.tensor([-1.0, float("nan"), -1.0, -1.0], device=DEVICE)
     for loss_type in LOSS_TYPES:
         refs = torch.zeros(4, device=DEVICE)
@@ -127,29 +83,12 @@ def test_nan_reaches_the_loss(kernels):
         assert losses.isnan().tolist() == [True, False], loss_type
 
 
-def test_segment_sum_gradient(kernels):
+def test_gradient_of_segment_sum_repeats_the_upstream_one(kernels):
     logps, cu, _ = batch(3, 20)
     logps.requires_grad_()
     upstream = torch.randn(6, device=DEVICE)
     (grad,) = torch.autograd.grad(segment_sum(logps, cu), logps, upstream)
     assert torch.equal(grad, upstream.repeat_interleave(cu.diff().to(DEVICE)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"loss_type": "apo"}, "loss_type='apo'.*sigmoid, hinge, ipo, robust, sigmoid_norm"),
-        ({"beta": 0.0}, "beta=0.0"),
-        ({"beta": float("nan")}, "beta=nan"),
-        ({"label_smoothing": 0.5}, r"label_smoothing=0.5.*\[0, 0.5\)"),
-        ({"label_smoothing": -0.1}, "label_smoothing=-0.1"),
-        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "no meaning for loss_type='hinge'"),
-        ({"loss_type": "ipo"}, "give chosen_lengths"),
-    ],
-)
-def test_settings_that_make_no_loss(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        dpo_loss(*[torch.zeros(1)] * 4, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -161,22 +100,22 @@ def test_settings_that_make_no_loss(arguments, message):
         ([], "cu_seqlens"),
     ],
 )
-def test_boundaries_that_do_not_fit(cu, message):
+def test_wrong_boundaries_are_rejected(cu, message):
     with pytest.raises(ValueError, match=message):
         segment_sum(torch.zeros(4), torch.tensor(cu, dtype=torch.int64))
 
 
-def test_a_negative_weight_of_the_nll_term():
+def test_a_negative_rpo_alpha_is_rejected():
     with pytest.raises(ValueError, match="rpo_alpha=-1.0"):
         pair_head(torch.zeros(2), torch.arange(3), torch.zeros(2), 0.1, "sigmoid", 0.0, -1.0)
 
 
-def test_one_reference_a_sequence():
+def test_needs_one_reference_per_sequence():
     with pytest.raises(ValueError, match=r"ref_logps \(2B,\)"):
         pair_head(torch.zeros(4), torch.tensor([0, 2, 4]), torch.zeros(1), 0.1, "sigmoid", 0.0)
 
 
-def test_a_forced_kernel_that_cannot_run_says_so(monkeypatch):
+def test_a_forced_kernel_that_cannot_run_raises(monkeypatch):
     monkeypatch.setenv("SRIT_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):

@@ -28,36 +28,27 @@ def case(n, d, vocab, dtype):
     return x, w, torch.randint(0, vocab, (n,), device=DEVICE)
 
 
-def fused(x, w, targets, **options):
+def fused(x, w, targets):
     with torch.no_grad():
-        return linear_logp(x, w, targets, path="fused", **options)
+        return linear_logp(x, w, targets, path="fused")
 
 
-# One token, a tile less one, one, a tile and one, slices without a tile, D that no block divides.
+# One token; a tile less one, one tile, a tile and one; slices without a tile; D that no block divides.
 @pytest.mark.parametrize(
     ("n", "d", "vocab"),
     [(3, 40, 1), (5, 64, 255), (130, 96, 256), (7, 33, 517), (140, 64, 4500), (2, 16, 50_257)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_float32_exact(loads, dtype, n, d, vocab):
+def test_log_probs_are_exact_to_float32(loads, dtype, n, d, vocab):
     x, w, targets = case(n, d, vocab, dtype)
     got, want = fused(x, w, targets), linear_logp_ref(x.double(), w.double(), targets)
     assert got.dtype == torch.float32 and (got <= 0).all()
-    # 1e-5 for logits of usual size; these reach 50.
+    # 1e-5 for logits of usual size; here they reach 50.
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.25])
-def test_softcap_and_logit_scale(loads, softcap, logit_scale):
-    x, w, targets = case(9, 48, 700, torch.bfloat16)
-    got = fused(x, w, targets, softcap=softcap, logit_scale=logit_scale)
-    want = linear_logp_ref(x.double(), w.double(), targets, softcap, logit_scale)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_in_every_batch(loads, dtype):
+def test_a_row_has_the_same_bits_in_every_batch(loads, dtype):
     x, w, targets = case(140, 32, 600, dtype)
     got = fused(x, w, targets)
     order = torch.randperm(140, device=DEVICE)
@@ -66,41 +57,37 @@ def test_a_row_is_the_same_in_every_batch(loads, dtype):
         assert torch.equal(fused(x[part], w, targets[part]), got[part])
 
 
-def test_what_memory_held_before_does_not_matter(monkeypatch):
+def test_uninitialised_memory_is_never_read(poison_empty):
     inputs = case(11, 32, 600, torch.float32)
-    want, empty = fused(*inputs), torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    want = fused(*inputs)
+    poison_empty()
     assert torch.equal(fused(*inputs), want)
 
 
-def test_edges(loads):
+def test_no_rows_nan_rows_and_strided_rows(loads):
     x, w, targets = case(4, 32, 600, torch.float32)
     assert fused(x[:0], w, targets[:0]).shape == (0,)
     x[1] = float("nan")
     assert fused(x, w, targets).isnan().tolist() == [False, True, False, False]
     wide = torch.randn(4, 64, device=DEVICE)[:, ::2]
     assert torch.equal(fused(wide, w, targets), fused(wide.contiguous(), w, targets))
-    ignored = targets.clone()
-    ignored[2] = -100
-    got = fused(wide, w, ignored, ignore_index=-100)
-    assert got[2] == 0 and torch.equal(got[[0, 1, 3]], fused(wide, w, targets)[[0, 1, 3]])
 
 
-def test_agrees_with_path_a():
+def test_agrees_with_the_gemm_path():
     x, w, targets = case(50, 64, 3000, torch.float32)
     with torch.no_grad():
         gemm = linear_logp(x, w, targets, path="gemm")
     torch.testing.assert_close(fused(x, w, targets), gemm, rtol=0, atol=2e-5)
 
 
-def test_it_is_a_triton_kernel(monkeypatch):
+def test_the_fused_path_needs_triton(monkeypatch):
     monkeypatch.setenv("SRIT_KERNELS", "torch")
     with pytest.raises(ValueError, match="path='fused' is a Triton kernel"):
         fused(*case(2, 16, 30, torch.float32))
 
 
 @pytest.mark.gpu
-def test_the_measured_table_chooses(monkeypatch):
+def test_auto_follows_the_measured_table(monkeypatch):
     x, w, targets = case(64, 512, 3000, torch.bfloat16)
     with torch.no_grad():
         for limit, path in ((511, "gemm"), (512, "fused")):

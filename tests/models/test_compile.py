@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from srit.models import load_model
 from srit.models.lora import add_lora
 from srit.runtime.files import InputError
 from srit.train import dpo
-from srit.train.dpo import score
+from srit.train.dpo import compute_loss
 from srit.training.setup import check_compiler
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None,
@@ -37,7 +38,7 @@ def backward(model, sizes):
     batch = collate([sides(size) for size in sizes])
     ref = -30 * torch.rand(2 * len(sizes))
     model.zero_grad()
-    loss, sums = score(model, batch, ref, CFG, scale=0.25)
+    loss, sums = compute_loss(model, replace(batch, ref_logps=ref), CFG, scale=0.25)
     loss.backward()
     return loss.detach(), sums, [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
@@ -62,8 +63,8 @@ def make(tiny, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name, tmp_path):
-    """Traced, differentiated by AOTAutograd, and run as it is: no code is generated."""
+def test_traced_layers_give_the_same_loss_and_gradients(name, tmp_path):
+    """Traced and differentiated by AOTAutograd, and run eagerly: no code is generated."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     kind, changes = FAMILIES[name]
@@ -74,15 +75,15 @@ def test_families(name, tmp_path):
 
 @needs_compiler
 @pytest.mark.parametrize("checkpointing", [None, "block", "mlp"])
-def test_generated_code(tiny, checkpointing):
+def test_generated_code_gives_the_same_loss_and_gradients(tiny, checkpointing):
     model = make(tiny)
     model.gradient_checkpointing = checkpointing
     assert_same(model, SIZES, "inductor")
 
 
 @needs_compiler
-def test_bfloat16(tiny):
-    """Both round; neither may be farther from float32 than the other by much."""
+def test_bfloat16_gradients_are_about_as_exact_as_eager_ones(tiny):
+    """Both round, so both are compared with float32."""
     _, _, exact = backward(make(tiny), SIZES)
     eager = make(tiny, torch.bfloat16)
     compiled = make(tiny, torch.bfloat16)
@@ -96,26 +97,27 @@ def test_bfloat16(tiny):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_programs_for_all_layers_and_lengths(tiny, lora):
-    """Before and after the attention; as many again without gradients, as evaluation runs them."""
+    """Before and after the attention; two more without gradients, as in evaluation."""
     model = make(tiny)
     if lora:
         add_lora(model)
     model.compile_layers("aot_eager")
     for at in range(1, len(SIZES) + 1):
         backward(model, SIZES[:at])
-        # The first layer of a frozen model asks for no gradient of its input.
+        # The input of a frozen model's first layer needs no gradient.
         assert counters["stats"]["unique_graphs"] == (4 if lora else 2)
     for at in range(1, len(SIZES) + 1):
         with torch.no_grad():
-            score(model, collate([sides(size) for size in SIZES[:at]]), torch.zeros(2 * at), CFG)
+            batch = collate([sides(size) for size in SIZES[:at]])
+            compute_loss(model, replace(batch, ref_logps=torch.zeros(2 * at)), CFG)
         assert counters["stats"]["unique_graphs"] == (6 if lora else 4)
     assert not counters["graph_break"]
 
 
 @needs_compiler
 @pytest.mark.parametrize("settings", [{}, {"use_peft": True, "precompute_ref_log_probs": False}])
-def test_a_run(tiny, tmp_path, settings):
-    """Trains to the same weights, and a run that ended goes on."""
+def test_a_compiled_run_trains_to_the_same_weights(tiny, tmp_path, settings):
+    """Also when it is resumed."""
     rows = write_rows(tmp_path / "pairs.jsonl", [pair(i, i % 7 + 1, (i * 3) % 11) for i in range(7)])
 
     def run(name, **changes):
@@ -135,7 +137,7 @@ def test_a_run(tiny, tmp_path, settings):
 
 
 @needs_compiler
-def test_no_compiler(monkeypatch):
+def test_a_missing_compiler_is_named(monkeypatch):
     check_compiler(torch.device("cpu"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match="no C\\+\\+ compiler no-such-compiler"):

@@ -1,4 +1,4 @@
-"""LoRA as a transform: nothing changes at first, merging changes nothing at last, PEFT reads it."""
+"""LoRA: adding and merging an adapter change no logit, and PEFT reads what is saved."""
 
 import json
 
@@ -33,13 +33,13 @@ def trained(model, **settings):
 
 
 @torch.no_grad()
-def test_at_first_the_logits_are_those_of_the_base_to_the_bit(model):
+def test_a_new_adapter_changes_no_bit_of_the_logits(model):
     before = model(IDS)
     add_lora(model, r=4, dropout=0.5)
     assert torch.equal(model.eval()(IDS), before)
 
 
-def test_only_the_adapter_trains(model):
+def test_only_the_adapter_gets_gradients(model):
     trained(model, r=2)
     model(IDS).square().mean().backward()
     names = {n for n, p in model.named_parameters() if p.grad is not None}
@@ -48,7 +48,7 @@ def test_only_the_adapter_trains(model):
 
 
 @torch.no_grad()
-def test_disabled_is_the_base_and_only_within_the_block(model):
+def test_disabled_is_the_base_model_only_within_the_block(model):
     before = model(IDS)
     trained(model)
     adapted = model(IDS)
@@ -60,7 +60,8 @@ def test_disabled_is_the_base_and_only_within_the_block(model):
 
 
 @torch.no_grad()
-def test_c3_merged_equals_unmerged_and_merging_twice_changes_nothing(model):
+def test_merging_changes_no_logit_and_merging_again_changes_nothing(model):
+    """C3."""
     names = set(model.state_dict())
     adapted = trained(model, r=8, alpha=4)(IDS)
     merge(model)
@@ -72,7 +73,7 @@ def test_c3_merged_equals_unmerged_and_merging_twice_changes_nothing(model):
 
 
 @torch.no_grad()
-def test_saved_and_loaded(model, base, tmp_path):
+def test_a_saved_adapter_is_loaded_into_the_base(model, base, tmp_path):
     adapted = trained(model, r=3, alpha=6, target_modules=["q_proj", "down_proj"])(IDS)
     save_adapter(model, tmp_path / "adapter", str(base))
     fresh, _ = load_model(str(base))
@@ -135,7 +136,7 @@ def test_damaged_adapters_are_named(model, base, tmp_path, damage, message):
 
 @pytest.mark.parametrize("settings,message", [
     ({"r": 0}, "at least 1"), ({"target_modules": ["attn"]}, "no module 'attn'; there are")])
-def test_settings_that_cannot_work(model, settings, message):
+def test_bad_settings_are_named(model, settings, message):
     with pytest.raises(InputError, match=message):
         add_lora(model, **settings)
     add_lora(model)

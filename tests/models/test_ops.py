@@ -1,18 +1,17 @@
-"""RMSNorm and gated activations against autograd through their definitions."""
+"""RMSNorm, GLU and rotary embedding against autograd through their definitions."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from srit.models.onednn import PackedLinear
-from srit.models.ops import gated, rms_norm, rotate
+from srit.models.ops import glu, rms_norm, rotate
 
 
 def definition_norm(x, weight, eps):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def definition_gated(gate, up, gelu):
+def definition_glu(gate, up, gelu):
     return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
 
@@ -30,34 +29,34 @@ def compare(function, definition, tensors, *rest):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 16), (1, 0, 8)])
-def test_rms_norm(shape, dtype):
+def test_rms_norm_is_its_definition(shape, dtype):
     x = (3 * torch.randn(shape)).to(dtype).requires_grad_()
     compare(rms_norm, definition_norm, (x, torch.randn(shape[-1], requires_grad=True)), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_gated(gelu, dtype):
+def test_glu_is_its_definition(gelu, dtype):
     gate, up = (torch.randn(2, 9, 33).to(dtype).requires_grad_() for _ in range(2))
-    compare(gated, definition_gated, (gate, up), gelu)
+    compare(glu, definition_glu, (gate, up), gelu)
 
 
-def test_a_frozen_weight_costs_no_gradient():
+def test_a_frozen_weight_gets_no_gradient():
     x = torch.randn(4, 8, requires_grad=True)
     rms_norm(x, torch.ones(8), 1e-6).sum().backward()
     assert x.grad is not None
 
 
-def test_only_inputs_are_kept():
-    """Nothing of the size of the activations but the inputs themselves."""
+def test_only_inputs_are_saved():
+    """Nothing as large as an activation but the inputs themselves."""
     x, gate, up = (torch.randn(64, 32, requires_grad=True) for _ in range(3))
     known, kept = {t.data_ptr() for t in (x, gate, up)}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        rms_norm(x, torch.ones(32), 1e-6), gated(gate, up, False)
+        rms_norm(x, torch.ones(32), 1e-6), glu(gate, up, False)
     assert all(t.data_ptr() in known or t.numel() <= 64 for t in kept) and len(kept) == 5
 
 
-def test_rotate():
+def test_rotate_is_a_complex_product():
     x, cos, sin = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 4), torch.randn(2, 5, 1, 4)
 
     def definition(x):
@@ -66,26 +65,3 @@ def test_rotate():
         return torch.cat((turned.real, turned.imag), -1)
 
     compare(lambda x: rotate(x, cos, sin), definition, [x.requires_grad_()])
-
-
-@pytest.mark.parametrize("then", ["none", "swish", "add", "mul"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("out,size", [(16, 8), (97, 33), (192, 64), (40, 24)])
-def test_a_packed_product_is_linear_and_knows_no_neighbours(out, size, dtype, then):
-    weight, bias, x, other = (torch.randn(*s).to(dtype)
-                              for s in ((out, size), (out,), (128, size), (128, out)))
-    packed = PackedLinear(weight, bias)
-
-    def product(rows):
-        if then in ("add", "mul"):
-            return packed.with_other(x[None, rows], then, other[None, rows])[0]
-        return packed(x[None, rows], then)[0]
-
-    plain = F.linear(x.double(), weight.double(), bias.double())
-    want = {"none": plain, "swish": F.silu(plain), "add": plain + other, "mul": plain * other}[then]
-    got = product(slice(None))
-    assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
-    alone = torch.cat([product(slice(i, i + 8)) for i in range(0, 128, 8)])
-    shuffled = torch.randperm(128)
-    for rows in (torch.arange(24), torch.arange(40, 96), shuffled, shuffled[:64]):
-        assert torch.equal(product(rows), alone[rows])

@@ -1,10 +1,10 @@
-"""One decoding step over pages, by products and by the kernel, against attention over all tokens."""
+"""A decode step over pages, by the PyTorch twin and the Triton kernel, against plain attention."""
 
 import pytest
 import torch
 
 from srit.models import KVCache, ModelConfig
-from srit.models.paged_cache import PagedCache, Products, Walk
+from srit.models.paged_cache import PagedCache
 
 F32, BF16 = torch.float32, torch.bfloat16
 # (heads, key/value heads, head size), window, dtype
@@ -22,7 +22,7 @@ def make_config(heads: int, kv_heads: int, size: int, window: int | None) -> Mod
 
 
 def truth(q, keys, values, window):
-    """q (H, hd) over keys and values (K, T, hd) of all tokens, in float64."""
+    """q (H, hd) over keys and values (K, T, hd) of all tokens seen, in float64."""
     group = len(q) // len(keys)
     keys, values = (x[:, -(window or 10**6):].double().repeat_interleave(group, 0)
                     for x in (keys, values))
@@ -30,41 +30,37 @@ def truth(q, keys, values, window):
     return torch.einsum("ht,htd->hd", scores.softmax(-1), values)
 
 
-@pytest.fixture(params=["products", "kernel"])
-def reading(request, monkeypatch):
-    monkeypatch.setenv("SRIT_KERNELS", "torch" if request.param == "products" else "triton")
-    return Products if request.param == "products" else Walk
-
-
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("shape, window, dtype", CASES, ids=str)
-def test_a_step_is_attention_over_the_tokens_of_the_row(reading, shape, window, dtype):
+def test_a_step_is_attention_over_the_tokens_of_the_row(monkeypatch, kernels, shape, window, dtype):
+    monkeypatch.setenv("SRIT_KERNELS", kernels)
     heads, kv_heads, size = shape
     config = make_config(*shape, window)
     assert config.windows == (window,)
     cache = PagedCache(config, 40, 8, 3, dtype)
     for pool in cache.keys + cache.values:
-        pool.fill_(100.0)  # whoever reads a place that nobody wrote shows it
-    told = []  # of every row its keys and values
+        pool.fill_(100.0)  # reading an unwritten position shows in the result
+    expected = []  # keys and values of every row
     for length, readers in ((33, 3), (0, 1), (70, 2)):
         source = KVCache(config, 1, max(length, 1), dtype, "cpu")
         source.keys[0].normal_(), source.values[0].normal_()
         prompt = cache.add_prompt(source, 0, length)
         for _ in range(readers):
             cache.add_row(prompt)
-            told.append([source.keys[0][0, :, :length], source.values[0][0, :, :length]])
+            expected.append([source.keys[0][0, :, :length], source.values[0][0, :, :length]])
     eps = 16 * torch.finfo(dtype).eps
     for turn in range(35):
-        if turn == 20:  # the last row moves into the gap
+        if turn == 20:  # the last row moves into its slot
             cache.remove_row(1)
-            told[1] = told.pop()
-        cache.grow()
+            expected[1] = expected.pop()
+        cache.allocate()
         step = cache.begin(8)
-        assert type(step.reading) is reading
         q = torch.randn(8, heads, size).to(dtype)
         k, v = torch.randn(2, 8, kv_heads, size).to(dtype)
         out = cache.attend(q, k, v, step, 0, window, size**-0.5)
-        cache.advance()
-        for row, kept in enumerate(told):
+        assert (step.table.inverse is None) == (kernels == "triton")
+        cache.advance(8, 1)
+        for row, kept in enumerate(expected):
             kept[0] = torch.cat([kept[0], k[row, :, None]], 1)
             kept[1] = torch.cat([kept[1], v[row, :, None]], 1)
             want = truth(q[row], *kept, window)

@@ -1,9 +1,10 @@
-"""Attention in one call over a packed stream: what is asked of torch, and when it is trusted.
+"""Attention over a packed stream in one call: the same results, and when torch's function is used.
 
-On a CPU that function does not run: a stand-in with its signature computes what it documents.
+It does not run on a CPU. Stand-ins with its signature compute what it documents.
 """
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from srit.config import DPOConfig
 from srit.data.batches import collate
 from srit.models import load_model, varlen
-from srit.models.ops import to_device
-from srit.train.dpo import score
+from srit.train.dpo import compute_loss
 
 
 def by_definition(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
@@ -64,7 +64,7 @@ def proven():
 
 @pytest.mark.parametrize("function", [by_definition, without_gqa])
 @pytest.mark.parametrize("window", [None, 8])
-def test_equal_to_segment_by_segment(function, window, tmp_path, monkeypatch):
+def test_one_call_equals_segment_by_segment(function, window, tmp_path, monkeypatch):
     changes = {} if window is None else {
         "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
     model, _ = load_model(str(tiny_checkpoint(tmp_path / "m", scale=4.0, **changes)))
@@ -75,7 +75,7 @@ def test_equal_to_segment_by_segment(function, window, tmp_path, monkeypatch):
         calls.append(args)
         return function(*args, **options)
 
-    # Their signature is looked at: wrapped functions keep it.
+    # `attend` reads the signature, which the wrapper must keep.
     counted.__signature__ = varlen.inspect.signature(function)
     monkeypatch.setattr(varlen, "varlen_attn", counted)
     pairs, ref = [sides(size) for size in SIZES], -30 * torch.rand(2 * len(SIZES))
@@ -84,7 +84,7 @@ def test_equal_to_segment_by_segment(function, window, tmp_path, monkeypatch):
         for usable in (False, True):
             monkeypatch.setattr(varlen, "usable", lambda *_, usable=usable: usable)
             model.zero_grad()
-            loss, metrics = score(model, batch, ref, cfg)
+            loss, metrics = compute_loss(model, replace(batch, ref_logps=ref), cfg)
             loss.backward()
             results.append((loss.detach(), metrics, *[p.grad.clone() for p in model.parameters()]))
         for one, other in zip(*results, strict=True):
@@ -93,7 +93,7 @@ def test_equal_to_segment_by_segment(function, window, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-def test_trusted_when_right(proven, windowed, monkeypatch):
+def test_a_right_function_is_trusted(proven, windowed, monkeypatch):
     for function in (by_definition, without_gqa):
         varlen.proven.cache_clear()
         monkeypatch.setattr(varlen, "varlen_attn", function)
@@ -106,13 +106,13 @@ def test_trusted_when_right(proven, windowed, monkeypatch):
 
 
 @pytest.mark.parametrize("function, reason", [(top_left, "wrong results"), (too_old, "scale")])
-def test_not_trusted_otherwise(proven, function, reason, monkeypatch):
+def test_a_wrong_or_older_function_is_named_and_not_used(proven, function, reason, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", function)
-    with pytest.warns(UserWarning, match=f"varlen_attn of torch .*{reason}.* segments one by one"):
+    with pytest.warns(UserWarning, match=f"varlen_attn of torch .*{reason}.*segments are computed one by one"):
         assert not proven(False)
 
 
-def test_tried_within_a_checkpointed_block(proven, monkeypatch):
+def test_the_check_runs_within_a_checkpointed_block(proven, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", by_definition)
     tried = []
 
@@ -125,7 +125,7 @@ def test_tried_within_a_checkpointed_block(proven, monkeypatch):
     assert tried == [True, True] and torch.equal(x.grad, torch.full((3,), 2.0))
 
 
-def test_only_where_it_exists(monkeypatch):
+def test_it_is_used_on_a_gpu_in_16_bits_only(monkeypatch):
     monkeypatch.setattr(varlen, "proven", lambda *_: True)
     gpu = torch.device("cuda")
     assert varlen.usable(gpu, torch.bfloat16, 64, None)
@@ -137,21 +137,22 @@ def test_only_where_it_exists(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 4])
-def test_torch_has_it(window):
+def test_this_torch_has_a_right_function(window):
     assert varlen.usable(torch.device("cuda"), torch.bfloat16, 64, window)
 
 
 @pytest.mark.gpu
-def test_a_pass_waits_for_nothing(tmp_path):
+def test_forward_and_backward_do_not_wait_for_the_gpu(tmp_path):
     """From a batch on the host to gradients on the device."""
     gpu = torch.device("cuda")
     checkpoint = str(tiny_checkpoint(tmp_path / "m"))
     model, _ = load_model(checkpoint, device=gpu, compute_dtype=torch.bfloat16)
     cfg, pairs = DPOConfig("m", ["x"], str(tmp_path)), [sides(size) for size in SIZES]
     ref = torch.zeros(2 * len(SIZES))
-    for mode in ("default", "error"):  # at first kernels are compiled and tried
+    for mode in ("default", "error"):  # the first step compiles and checks kernels
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            score(model, collate(pairs).to(gpu), to_device(ref, gpu), cfg)[0].backward()
+            batch = replace(collate(pairs), ref_logps=ref).to(gpu)
+            compute_loss(model, batch, cfg)[0].backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

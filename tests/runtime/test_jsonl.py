@@ -1,59 +1,44 @@
-"""JSON Lines, counts, atomic writes: what is wrong is named, and nothing is half written."""
+"""JSON Lines: errors name file and line, and every row is counted."""
 
 import json
 
 import pytest
+from tiny import write_rows
 
-from srit.data.questions import dataset_name, read_demos, read_questions
-from srit.runtime.files import InputError, atomic_dir, atomic_write
-from srit.runtime.jsonl import Counts, read_jsonl, write_jsonl
-
-GOOD = {"id": "a", "task": "math", "question": "1 + 1?", "answer": "2"}
+from srit.runtime.files import InputError
+from srit.runtime.jsonl import Counts, cut_torn_line, read_jsonl, write_jsonl
 
 
-def put(tmp_path, *lines):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"".join(line if isinstance(line, bytes) else
-                              (json.dumps(line) + "\n").encode() for line in lines))
-    return path
-
-
-def test_round_trip_keeps_unicode_and_blank_lines_do_not_count(tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "id": "ü"}])
-    assert [r["id"] for r in read_questions(tmp_path / "rows.jsonl")] == ["a", "ü"]
-    path = put(tmp_path, b"\n", GOOD, b"\n", {**GOOD, "id": "b", "answer": 2})
-    with pytest.raises(InputError, match=r"rows\.jsonl:4: field 'answer' must be str, got int"):
-        read_questions(path)
-
-
-@pytest.mark.parametrize("lines,message", [
-    ([GOOD, b"{not json\n"], r":2: not JSON"),
-    ([b"[1]\n"], ":1: expected an object, got list"),
-    ([b'{"id": "\xff"}\n'], ":1: not UTF-8"),
-    ([b"\n"], "no rows"),
-    ([b"[" * 100_000], ":1: not JSON"),
-    ([{k: v for k, v in GOOD.items() if k != "answer"}], ":1: the row has no field 'answer'"),
-    ([{**GOOD, "task": "poem"}], "'task' must be one of"),
-    ([{**GOOD, "question": " "}], "'question' is empty"),
-    ([{**GOOD, "task": "choice"}], "no field 'choices'"),
-    ([{**GOOD, "task": "choice", "choices": {"A": "x"}, "answer": "B"}], "not one of the choices"),
-    ([GOOD, GOOD], r":2: id 'a' stands already at .*:1"),
+@pytest.mark.parametrize("data, message", [
+    (b'{"a": 1}\n{not json\n', ":2: not JSON"),
+    (b"[1]\n", ":1: expected an object, got list"),
+    (b'{"id": "\xff"}\n', ":1: not UTF-8"),
+    (b"\n", "no rows"),
+    (b"[" * 100_000, ":1: not JSON"),
 ])
-def test_malformed_rows_are_named(tmp_path, lines, message):
+def test_what_is_not_json_lines_is_named_with_its_line(tmp_path, data, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
     with pytest.raises(InputError, match=message):
-        read_questions(put(tmp_path, *lines))
+        read_jsonl(path)
 
 
-def test_missing_file_and_missing_completion(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="no field 'completion'"):
-        read_demos(put(tmp_path, GOOD))
 
 
-def test_dataset_name():
-    assert dataset_name("data/svamp/dev.jsonl") == "svamp"
-    assert dataset_name("data/demos/svamp.jsonl") == "svamp"
+def test_unicode_survives_a_round_trip(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": "a"}, {"id": "ü"}])
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"id": "a"}, {"id": "ü"}]
+
+
+def test_an_incomplete_last_line_is_cut(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"id": "a"}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + json.dumps({"id": "b"}).encode())
+    cut_torn_line(path)
+    assert path.read_bytes() == whole
 
 
 def test_counts_add_up():
@@ -62,29 +47,3 @@ def test_counts_add_up():
     counts.drop("too long", 2)
     assert str(counts) == "pairs: 5 rows in = 3 used, 2 too long"
     assert counts.as_dict() == {"in": 5, "used": 3, "dropped": {"too long": 2}}
-
-
-def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
-    path = tmp_path / "f.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(path) as handle:
-        handle.write("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    with atomic_write(path) as handle:
-        handle.write("new")
-    assert path.read_text() == "new"
-
-
-def test_atomic_dir_replaces_whole_directories(tmp_path):
-    path = tmp_path / "d"
-    for text in ("one", "two"):
-        with atomic_dir(path) as inside:
-            (inside / text).write_text(text)
-    assert [p.name for p in path.iterdir()] == ["two"]
-    with pytest.raises(RuntimeError), atomic_dir(path) as inside:
-        (inside / "three").write_text("half")
-        raise RuntimeError
-    assert [p.name for p in path.iterdir()] == ["two"]
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]

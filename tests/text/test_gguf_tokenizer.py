@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from .gguf metadata, against hand-made splits and a naive SentencePiece."""
+"""Tokenizers rebuilt from .gguf metadata, against splits by hand and a naive SentencePiece."""
 
 import random
 from collections.abc import Sequence
@@ -69,13 +69,13 @@ def test_pre_tokenizers_split_as_llama_cpp(tmp_path, pre, expected):
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_every_text_comes_back(tmp_path, pre):
+def test_decoding_restores_every_text(tmp_path, pre):
     tokenizer = load_tokenizer(byte_level(tmp_path / "m.gguf", pre))
     for text in ("", " ", "\r\n \t", "I'm 12.50€ — naïve 漢字 😀", "<think>a</s>b", "a  <s> "):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
-def test_special_and_user_defined_tokens(tmp_path):
+def test_special_and_user_defined_tokens_are_single_ids(tmp_path):
     tokenizer = load_tokenizer(byte_level(tmp_path / "m.gguf", "gpt-2", eot_token_id=2))
     ids = tokenizer.encode("<s><think>ab</s>")
     assert ids[:2] == [0, 3] and ids[-1] == 1 and len(ids) == 4
@@ -84,8 +84,8 @@ def test_special_and_user_defined_tokens(tmp_path):
     assert tokenizer.settings["model_max_length"] == 128
 
 
-def test_llama3_takes_whole_words_of_the_vocabulary(tmp_path):
-    """`abc` is in the vocabulary, but no merge leads to it."""
+def test_llama3_ignores_merges_for_whole_words_of_the_vocabulary(tmp_path):
+    """`abc` is in the vocabulary, but no merge produces it."""
     whole = load_tokenizer(byte_level(tmp_path / "a.gguf", "llama-bpe"))
     merged = load_tokenizer(byte_level(tmp_path / "b.gguf", "gpt-2"))
     assert len(whole.encode("abc")) == 1 and len(merged.encode("abc")) == 2
@@ -94,7 +94,7 @@ def test_llama3_takes_whole_words_of_the_vocabulary(tmp_path):
 @pytest.mark.parametrize("pre, flag, expected", [
     ("llama-bpe", {}, True), ("llama-bpe", {"add_bos_token": False}, False),
     ("qwen2", {}, False), ("qwen2", {"add_bos_token": True}, True)])
-def test_add_bos_default_is_llama_cpps(tmp_path, pre, flag, expected):
+def test_the_default_of_add_bos_is_that_of_llama_cpp(tmp_path, pre, flag, expected):
     tokenizer = load_tokenizer(byte_level(tmp_path / "m.gguf", pre, **flag))
     assert tokenizer.adds_bos is expected
     assert (tokenizer.backend.encode("a").ids[0] == tokenizer.bos_id) is expected
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_an_error(tmp_path):
 
 
 def naive_sentencepiece(text: str, scores: dict[str, float]) -> list[str]:
-    """SentencePiece's own loop: merge the neighbours whose union scores highest, leftmost first."""
+    """SentencePiece's algorithm: merge the neighbours whose union scores highest, leftmost first."""
     symbols = list("▁" + text.replace(" ", "▁"))
     while True:
         unions = [(scores[a + b], -i) for i, (a, b) in enumerate(zip(symbols, symbols[1:],
@@ -150,7 +150,7 @@ def sentencepiece(tmp_path_factory) -> tuple[Tokenizer, dict[str, float]]:
     return load_tokenizer(path), dict(zip(plain, scores[259:], strict=True))
 
 
-def test_sentencepiece_ids_are_those_of_its_own_algorithm(sentencepiece):
+def test_sentencepiece_ids_are_those_of_the_naive_algorithm(sentencepiece):
     tokenizer, scores = sentencepiece
     rng = random.Random(0)
     texts = ["the cat on the other thing", "  two", "é漢😀", "a\nb"]
@@ -161,7 +161,7 @@ def test_sentencepiece_ids_are_those_of_its_own_algorithm(sentencepiece):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_sentencepiece_adds_bos_unless_told(sentencepiece):
+def test_sentencepiece_adds_bos_by_default(sentencepiece):
     tokenizer, _ = sentencepiece
     assert tokenizer.adds_bos and tokenizer.bos_id == 1 and tokenizer.turn_end_id == 2
     assert tokenizer.encode("</s>the") == [2, tokenizer.backend.token_to_id("▁the")]
@@ -174,7 +174,7 @@ def smollm2() -> Tokenizer:
     return load_tokenizer(SMOLLM2)
 
 
-def test_smollm2_ids_with_a_meaning(smollm2):
+def test_smollm2_special_ids(smollm2):
     assert (smollm2.bos_id, smollm2.eos_id, smollm2.turn_end_id) == (1, 2, 2)
     assert smollm2.vocab_size == 49152 and not smollm2.adds_bos
     assert smollm2.stop_ids == {2}
@@ -183,11 +183,11 @@ def test_smollm2_ids_with_a_meaning(smollm2):
 @pytest.mark.parametrize("text", [
     "", " ", "\n", "\r\n\t ", "12345 6,789.50", "   x   7", "naïve — ½ ² Ⅷ ٣", "e\u0301",
     "😀🏳️‍🌈 漢字", "def f(x):\n    return x\n", "<|im_start|>user\nhi<|im_end|>\n", "\x00\x7f"])
-def test_smollm2_round_trip(smollm2, text):
+def test_smollm2_decoding_restores_the_text(smollm2, text):
     assert smollm2.decode(smollm2.encode(text), skip_special_tokens=False) == text
 
 
-def test_smollm2_digits_stand_alone(smollm2):
+def test_smollm2_splits_digits(smollm2):
     assert len(smollm2.encode("2024")) == 4
     assert smollm2.decode(smollm2.encode("a 12")[-2:-1]) == "1"
 
@@ -198,7 +198,7 @@ def test_smollm2_known_ids(smollm2):
 
 @pytest.mark.slow
 def test_smollm2_has_the_ids_of_transformers(smollm2):
-    """transformers' own GGUF loading leaves the digit splitting out: put in here."""
+    """The GGUF loader of transformers omits the splitting of digits, so it is added here."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""Which ids a row becomes and which of them are trained, one test a row of the peers' bugs."""
+"""Which ids a row becomes and which of them are trained. B1 to B15: bugs seen in other trainers."""
 
 import pytest
 from templates import CHATML, FAMILIES, MISTRAL, family_tokenizer, write_tokenizer
@@ -32,7 +32,7 @@ def chatml(tmp_path) -> Tokenizer:
     return family_tokenizer(tmp_path, "chatml-other-eos")
 
 
-def test_question_messages_math():
+def test_a_math_question_ends_in_answer_or_the_cot_sentence():
     row = {"id": "1", "task": "math", "question": " How many?\n", "answer": "7"}
     text = "Answer the following mathematical question with numerical solution.\n" \
            "Question: How many?\nAnswer:"
@@ -41,7 +41,7 @@ def test_question_messages_math():
         {"role": "user", "content": text + " Let's think step by step"}]
 
 
-def test_question_messages_choice_names_the_rows_own_letters():
+def test_a_choice_question_names_the_letters_of_its_row():
     row = {"id": "1", "task": "choice", "question": "Where {is} it?", "answer": "B",
            "choices": {"A": "here", "B": "there", "C": "{}"}}
     assert question_messages(row, "cot")[0]["content"] == (
@@ -51,8 +51,8 @@ def test_question_messages_choice_names_the_rows_own_letters():
         question_messages(row, "CoT")
 
 
-def test_b1_pad_equals_eos_still_trains_eos(tmp_path):
-    """The mask goes by position. The ids of pad and EOS are one here."""
+def test_eos_is_trained_even_if_it_is_also_the_pad_token(tmp_path):
+    """B1. The mask goes by position, not by id."""
     tokenizer = family_tokenizer(tmp_path, "chatml")
     assert tokenizer.pad_id == tokenizer.eos_id
     for rendered in (render(tokenizer, USER, "He has 7."), render(tokenizer, "How?", " He has 7."),
@@ -61,8 +61,8 @@ def test_b1_pad_equals_eos_still_trains_eos(tmp_path):
     assert trained(tokenizer, render_conversation(tokenizer, TALK)).count("<|im_end|>") == 2
 
 
-def test_b2_a_turn_ends_as_the_template_ends_it(family):
-    """Not with the tokenizer's EOS, which may be another token; plain text ends with EOS."""
+def test_a_turn_ends_with_the_token_of_the_template(family):
+    """B2. It may differ from the tokenizer's EOS, with which plain text ends."""
     name, tokenizer = family
     assert trained(tokenizer, render(tokenizer, USER, ANSWER)) == (
         "He has 7." + FAMILIES[name].turn_end)
@@ -70,7 +70,8 @@ def test_b2_a_turn_ends_as_the_template_ends_it(family):
         " He has 7." + FAMILIES[name].eos)
 
 
-def test_b3_the_end_is_there_once(family):
+def test_a_completion_that_brings_its_end_of_turn_gets_no_second_one(family):
+    """B3."""
     name, tokenizer = family
     for end in (FAMILIES[name].turn_end, FAMILIES[name].eos):
         for text in ("He has 7.", f"He has 7.{end}", f"He has 7.{end}{end}\n", f"He has 7. {end}"):
@@ -79,7 +80,8 @@ def test_b3_the_end_is_there_once(family):
     assert twice == render(tokenizer, "How?", " He has 7.")
 
 
-def test_b4_the_mask_is_as_long_as_the_ids(family):
+def test_the_mask_is_as_long_as_the_ids(family):
+    """B4."""
     _, tokenizer = family
     for rendered in (render(tokenizer, USER), render(tokenizer, USER, ANSWER),
                      render_conversation(tokenizer, TALK)):
@@ -88,8 +90,8 @@ def test_b4_the_mask_is_as_long_as_the_ids(family):
 
 @pytest.mark.parametrize("post_bos", [False, True])
 @pytest.mark.parametrize("name", ["llama3", "gemma", "mistral", "none"])
-def test_b5_bos_stands_once(tmp_path, name, post_bos):
-    """From the template, or from the tokenizer for plain text, whatever both would like."""
+def test_there_is_one_bos_at_most(tmp_path, name, post_bos):
+    """B5. From the template, or for plain text from the tokenizer, but never from both."""
     tokenizer = family_tokenizer(tmp_path, name, post_bos=post_bos)
     rows = [render(tokenizer, USER, ANSWER), render_conversation(tokenizer, TALK)]
     assert [row.ids.count(tokenizer.bos_id) for row in rows] == 2 * [
@@ -100,8 +102,8 @@ def test_b5_bos_stands_once(tmp_path, name, post_bos):
         assert prompt_text(tokenizer, prompt) == ("<s>How?" if post_bos else prompt)
 
 
-def test_b6_prompt_and_completion_do_not_merge(chatml):
-    """`Tom h` + `as` is not `Tom has`: the prompt's ids are those that generation continues."""
+def test_no_token_spans_prompt_and_completion(chatml):
+    """B6. `Tom h` + `as` is not `Tom has`: the prompt has the ids that generation continues."""
     joint = chatml.encode("Tom has")
     row = render(chatml, "Tom h", "as")
     assert row.ids[:-1] != joint
@@ -109,7 +111,8 @@ def test_b6_prompt_and_completion_do_not_merge(chatml):
     assert trained(chatml, row) == "as</s>"
 
 
-def test_b7_chosen_and_rejected_share_their_prompt(family):
+def test_chosen_and_rejected_have_the_same_prompt_ids(family):
+    """B7."""
     _, tokenizer = family
     chosen, rejected = (render(tokenizer, USER, text) for text in ("7.", "He has 3, no, 4"))
     start = chosen.mask.index(True)
@@ -117,7 +120,8 @@ def test_b7_chosen_and_rejected_share_their_prompt(family):
 
 
 @pytest.mark.parametrize("completion", ["", " \n", "<|im_end|>", "</s>\n", " <|im_end|> </s>"])
-def test_b8_an_empty_completion_is_an_error(chatml, completion):
+def test_an_empty_completion_is_an_error(chatml, completion):
+    """B8."""
     with pytest.raises(InputError, match="completion is empty"):
         render(chatml, USER, completion)
     with pytest.raises(InputError, match="completion is empty"):
@@ -125,12 +129,14 @@ def test_b8_an_empty_completion_is_an_error(chatml, completion):
 
 
 @pytest.mark.parametrize("completion", ["", "  ", "</s>"])
-def test_b8_an_empty_plain_completion_is_an_error(chatml, completion):
+def test_an_empty_plain_completion_is_an_error(chatml, completion):
+    """B8."""
     with pytest.raises(InputError, match="completion is empty"):
         render(chatml, "How?", completion)
 
 
-def test_b9_prompt_tokens_are_not_trained(family):
+def test_prompt_tokens_are_not_trained(family):
+    """B9."""
     _, tokenizer = family
     row = render(tokenizer, USER, ANSWER)
     prompt = tokenizer.encode(prompt_text(tokenizer, USER))
@@ -139,19 +145,20 @@ def test_b9_prompt_tokens_are_not_trained(family):
     assert row.text == render(tokenizer, USER).text == prompt_text(tokenizer, USER)
 
 
-def test_b10_every_assistant_turn_is_trained_and_nothing_else(family):
+def test_exactly_the_assistant_turns_are_trained(family):
+    """B10."""
     name, tokenizer = family
     row = render_conversation(tokenizer, TALK)
     end = FAMILIES[name].turn_end
-    gap = " " if name == "mistral" else ""  # its template sets spaces around the words
+    gap = " " if name == "mistral" else ""  # its template adds spaces
     assert trained(tokenizer, row) == "".join(
         gap + words + gap + end for words in ("He has 7.", "Now 4."))
     assert tokenizer.apply_chat_template(TALK, False).startswith(whole(tokenizer, row))
     assert whole(tokenizer, row) == row.text
 
 
-def test_b10_words_that_look_like_markers_do_not_move_the_mask(chatml):
-    """No search for a response marker: here both questions and an answer contain it."""
+def test_text_that_looks_like_a_marker_does_not_move_the_mask(chatml):
+    """B10. The mask does not search for a response marker, which questions and answers may contain."""
     marker = "<|im_start|>assistant\n"
     talk = [{"role": "user", "content": f"Say {marker}"},
             {"role": "assistant", "content": f"{marker}x<|im_end|>y"}]
@@ -159,8 +166,8 @@ def test_b10_words_that_look_like_markers_do_not_move_the_mask(chatml):
     assert trained(chatml, render(chatml, talk[:1], "7")) == "7<|im_end|>"
 
 
-def test_b11_the_mask_needs_no_generation_tag(tmp_path):
-    """With `{% generation %}` (Qwen's here) and without, the same tokens are trained."""
+def test_the_mask_needs_no_generation_tag(tmp_path):
+    """B11. With `{% generation %}` (Qwen's template) and without, the same tokens are trained."""
     rows = []
     for name in ("qwen", "chatml-other-eos"):
         tokenizer = family_tokenizer(tmp_path / name, name)
@@ -173,33 +180,34 @@ def test_b11_the_mask_needs_no_generation_tag(tmp_path):
     (CHATML.replace(" + '<|im_end|>'", ""), "does not end an assistant turn"),
     (MISTRAL, "must alternate"),
 ])
-def test_b11_a_template_that_hides_the_turns_is_an_error(tmp_path, template, message):
+def test_a_template_whose_turns_cannot_be_found_is_an_error(tmp_path, template, message):
+    """B11."""
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, template, "</s>"))
     talk = [*TALK[:3], TALK[2], TALK[3]] if template == MISTRAL else TALK
     with pytest.raises(InputError, match=message):
         render_conversation(tokenizer, talk)
 
 
-def test_b15_the_prompts_length_is_known_before_the_completions(chatml):
-    """What the filter for over-long prompts counts: ids that are not trained."""
+def test_the_prompt_has_as_many_ids_with_and_without_a_completion(chatml):
+    """B15. The filter for long prompts counts the ids that are not trained."""
     row = render(chatml, USER, "7")
     assert len(row.ids) - sum(row.mask) == len(render(chatml, USER).ids)
 
 
-def test_conversation_and_prompt_completion_agree(family):
+def test_a_conversation_of_one_answer_is_its_prompt_and_completion(family):
     name, tokenizer = family
     one, other = render(tokenizer, USER, ANSWER), render_conversation(tokenizer, TALK[:2])
     if name != "mistral":
         assert (one.ids, one.mask) == (other.ids, other.mask)
 
 
-def test_whitespace_belongs_to_plain_completions_and_not_to_turns(chatml):
+def test_whitespace_is_kept_in_plain_completions_and_stripped_in_turns(chatml):
     assert trained(chatml, render(chatml, "How?", "\n He has 7. ")) == "\n He has 7. </s>"
     assert trained(chatml, render(chatml, USER, "\n He has 7. ")) == "He has 7.<|im_end|>"
 
 
-def test_tokens_behind_a_turn_are_those_of_the_whole_text(tmp_path):
-    """Metaspace puts a space before a text's first word: a later turn is not the start of one."""
+def test_a_later_turn_is_tokenized_as_part_of_the_whole_text(tmp_path):
+    """Metaspace adds a space before the first word of a text, but a later turn is not its start."""
     from tokenizers import decoders, pre_tokenizers
 
     write_tokenizer(tmp_path, MISTRAL.replace("[INST]", "Tom "), "</s>", post_bos=True)

@@ -1,4 +1,4 @@
-"""The tokenizer's own ids, templates and files; transformers is the oracle for rendering."""
+"""Special ids, chat templates and files of the tokenizer; transformers is the reference."""
 
 import json
 
@@ -23,8 +23,8 @@ def auto():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rendering_is_that_of_transformers(tmp_path, auto, name):
-    """The checkpoint as it came, and as `save` writes it: same text, same ids, in transformers."""
+def test_text_and_ids_are_those_of_transformers(tmp_path, auto, name):
+    """For the original checkpoint and for the one that `save` writes."""
     ours = family_tokenizer(tmp_path / "in", name)
     ours.save(tmp_path / "out")
     theirs = [auto.from_pretrained(tmp_path / "out")]
@@ -40,13 +40,15 @@ def test_rendering_is_that_of_transformers(tmp_path, auto, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_b2_turn_end_comes_from_the_template(tmp_path, name):
+def test_the_template_determines_the_end_of_turn(tmp_path, name):
+    """B2."""
     tokenizer = family_tokenizer(tmp_path, name)
     assert token(tokenizer, tokenizer.turn_end_id) == FAMILIES[name].turn_end
     assert tokenizer.stop_ids == {tokenizer.eos_id, tokenizer.turn_end_id}
 
 
-def test_b2_every_eos_of_the_checkpoint_stops(tmp_path, auto):
+def test_every_eos_of_the_checkpoint_stops_generation(tmp_path, auto):
+    """B2."""
     write_tokenizer(tmp_path, LLAMA3, "</s>")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 8, "model_type": "llama"}')
@@ -61,8 +63,8 @@ def test_b2_every_eos_of_the_checkpoint_stops(tmp_path, auto):
 @pytest.mark.parametrize("settings, expected", [
     ({}, False), ({"post_bos": True}, True), ({"add_bos_token": True}, False),
     ({"post_bos": True, "add_bos_token": False}, True), ({"bos_token": None}, False)])
-def test_b5_adds_bos_as_transformers_does(tmp_path, auto, settings, expected):
-    """The post-processor decides; `add_bos_token` is not read, but written truly."""
+def test_bos_is_added_as_in_transformers(tmp_path, auto, settings, expected):
+    """B5. The post-processor decides. `add_bos_token` is not read, but written correctly."""
     write_tokenizer(tmp_path / "in", **settings)
     tokenizer = load_tokenizer(tmp_path / "in")
     assert tokenizer.adds_bos is expected
@@ -75,7 +77,7 @@ def test_b5_adds_bos_as_transformers_does(tmp_path, auto, settings, expected):
     assert load_tokenizer(tmp_path / "out").settings["add_bos_token"] is expected
 
 
-def test_default_template_has_bos_when_plain_text_has(tmp_path):
+def test_the_default_template_starts_with_bos_if_plain_text_does(tmp_path):
     for post_bos in (False, True):
         tokenizer = family_tokenizer(tmp_path / str(post_bos), "none", post_bos=post_bos)
         assert tokenizer.apply_chat_template(TALK[1:2] + TALK[:1], True) == (
@@ -83,7 +85,7 @@ def test_default_template_has_bos_when_plain_text_has(tmp_path):
             "### Instruction:\n Tom has <3 apples> & 4 more? \n\n### Response:\n")
 
 
-def test_special_token_strings_are_parsed(tmp_path):
+def test_special_tokens_in_a_text_are_parsed(tmp_path):
     tokenizer = family_tokenizer(tmp_path, "chatml")
     assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_id]
     assert tokenizer.decode(tokenizer.encode("a<|im_end|>b")) == "ab"
@@ -102,7 +104,7 @@ def test_truncation_and_padding_in_tokenizer_json_are_switched_off(tmp_path):
     assert tokenizer.encode("") == [] and tokenizer.decode(tokenizer.encode("x" * 9)) == "x" * 9
 
 
-def test_where_the_chat_template_is_found(tmp_path):
+def test_the_chat_template_comes_from_its_file_or_is_the_default_one(tmp_path):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
     assert load_tokenizer(write_tokenizer(tmp_path / "a", named)).chat_template == CHATML
     (tmp_path / "a" / "chat_template.jinja").write_text("file")
@@ -112,7 +114,7 @@ def test_where_the_chat_template_is_found(tmp_path):
         load_tokenizer(tmp_path / "b")
 
 
-def test_where_special_tokens_are_found(tmp_path):
+def test_special_tokens_come_from_any_of_three_files(tmp_path):
     as_dict = {"content": "<|im_end|>", "lstrip": False, "__type": "AddedToken"}
     assert load_tokenizer(write_tokenizer(tmp_path / "a", eos_token=as_dict)).eos_id == 4
     write_tokenizer(tmp_path / "b", eos=None)
@@ -136,7 +138,7 @@ def test_bad_checkpoints_say_what_to_do(tmp_path):
     with pytest.raises(InputError, match="eos_token '<nowhere>' is not in the vocabulary"):
         load_tokenizer(tmp_path / "word")
     (tmp_path / "eos" / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InputError, match="tokenizer_config.json: a JSON object"):
+    with pytest.raises(InputError, match="tokenizer_config.json: expected a JSON object"):
         load_tokenizer(tmp_path / "eos")
     (tmp_path / "eos" / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match="tokenizer_config.json: not JSON"):
@@ -153,7 +155,7 @@ def test_bad_checkpoints_say_what_to_do(tmp_path):
     ("{{ messages[0]['content'] + 1 }}", "TypeError"),
     ("{% for m in messages %}", "end of template"),
 ])
-def test_template_errors_are_the_users_and_the_sandbox_holds(tmp_path, template, message):
+def test_template_errors_are_input_errors_and_the_sandbox_holds(tmp_path, template, message):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, template))
     assert tokenizer.turn_end_id == tokenizer.eos_id
     with pytest.raises(InputError, match=message):

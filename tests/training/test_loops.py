@@ -9,11 +9,16 @@ from safetensors.torch import load_file
 from tiny import demo, metrics, pair, tiny_checkpoint, write_rows
 
 from srit.config import DPOConfig, SFTConfig
-from srit.data.batch_sampler import Schedule
+from srit.data.batches import Example
+from srit.data.examples import read_sft
+from srit.models import load_model
 from srit.runtime.files import InputError
+from srit.text.prompts import Rendered, question_messages, render
 from srit.text.tokenizer import load_tokenizer
 from srit.train import dpo, sft
-from srit.training.setup import Optimization, load_for_training
+from srit.training.checkpoint import TrainState
+from srit.training.metrics import MetricsLog
+from srit.training.optimizer import make_adamw, optimizer_step
 
 DEMOS = [demo(i, i % 7 + 1, (i * 3) % 11) for i in range(13)]
 PAIRS = [pair(i, i % 7 + 1, (i * 3) % 11) for i in range(7)]
@@ -51,7 +56,7 @@ def assert_same_weights(a, b, tolerance=0.0):
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
-def test_a10_accumulation_changes_nothing(tiny, tmp_path):
+def test_accumulation_changes_nothing(tiny, tmp_path):
     """Unequal lengths, N not divisible by the batch: 8 x 1 and 1 x 8 are the same step."""
     whole = run_sft(tiny, tmp_path, "whole", max_steps=2, per_device_train_batch_size=8)
     parts = run_sft(tiny, tmp_path, "parts", max_steps=2, per_device_train_batch_size=1,
@@ -63,7 +68,7 @@ def test_a10_accumulation_changes_nothing(tiny, tmp_path):
     assert_same_weights(whole, parts, 2e-5)
 
 
-def test_b12_packing_does_not_leak(tiny, tmp_path):
+def test_packing_does_not_leak(tiny, tmp_path):
     """The whole data set in one step, one example a row or packed: same loss, same gradient."""
     plain = run_sft(tiny, tmp_path, "plain", max_steps=1, per_device_train_batch_size=13)
     packed = run_sft(tiny, tmp_path, "packed", max_steps=1, per_device_train_batch_size=13,
@@ -73,12 +78,8 @@ def test_b12_packing_does_not_leak(tiny, tmp_path):
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
 
 
-def test_b9_prompt_tokens_are_not_trained(tiny, tmp_path):
+def test_prompt_tokens_are_not_trained(tiny, tmp_path):
     """The loss is the mean over completion tokens, computed here from full logits."""
-    from srit.models import load_model
-    from srit.text.prompts import question_messages, render
-    from srit.text.tokenizer import load_tokenizer
-
     out = run_sft(tiny, tmp_path, "one", rows=DEMOS[:1], max_steps=1)
     model, _ = load_model(str(tiny))
     tokenizer = load_tokenizer(str(tiny))
@@ -91,7 +92,7 @@ def test_b9_prompt_tokens_are_not_trained(tiny, tmp_path):
 
 @pytest.mark.parametrize("settings", [
     {}, {"packing": True, "max_length": 160}, {"use_peft": True, "lora_dropout": 0.2}])
-def test_d2_sft_resume_is_bitwise(tiny, tmp_path, settings):
+def test_sft_resume_is_bitwise(tiny, tmp_path, settings):
     common = dict(per_device_train_batch_size=2, max_steps=7, save_steps=2, **settings)
     straight = run_sft(tiny, tmp_path, "straight", **common)
     file = str(tmp_path / "straight.jsonl")
@@ -129,7 +130,7 @@ def test_dpo_resume_is_bitwise(tiny, tmp_path, settings):
     {"per_device_train_batch_size": 4, "use_peft": True, "precompute_ref_log_probs": False},
     {"per_device_train_batch_size": 4, "gradient_checkpointing": True},
     {"per_device_train_batch_size": 4, "gradient_checkpointing": True, "checkpoint_policy": "mlp"}])
-def test_a5_a6_step_zero_is_exactly_ln_2(tiny, tmp_path, settings, dtype):
+def test_step_zero_is_exactly_ln_2(tiny, tmp_path, settings, dtype):
     """Policy == reference, in every layout: loss ln 2 and rewards 0, to the last bit."""
     out = run_dpo(tiny, tmp_path, "out", max_steps=3, dtype=dtype, **{**settings,
                   "learning_rate": 0.0})
@@ -140,7 +141,7 @@ def test_a5_a6_step_zero_is_exactly_ln_2(tiny, tmp_path, settings, dtype):
         assert row["grad_norm"] > 0
 
 
-def test_a22_metrics_are_named_for_what_they_hold(tiny, tmp_path):
+def test_metrics_are_named_for_what_they_hold(tiny, tmp_path):
     """After steps that push towards the chosen side the names say so; logps are sums."""
     out = run_dpo(tiny, tmp_path, "out", max_steps=8, per_device_train_batch_size=7,
                   eval_file=[str(write_rows(tmp_path / "eval.jsonl", PAIRS))])
@@ -159,9 +160,6 @@ def test_rpo_alpha_adds_the_mean_nll_of_the_chosen(tiny, tmp_path):
     plain = metrics(run_dpo(tiny, tmp_path, "plain", rows=PAIRS[:1], max_steps=1))[0]
     mixed = metrics(run_dpo(tiny, tmp_path, "mixed", rows=PAIRS[:1], max_steps=1,
                             rpo_alpha=0.5))[0]
-    from srit.text.prompts import render
-    from srit.text.tokenizer import load_tokenizer
-
     chosen = render(load_tokenizer(str(tiny)), PAIRS[0]["prompt"], PAIRS[0]["chosen"])
     nll = -plain["logps/chosen"] / sum(chosen.mask)
     assert mixed["loss"] - plain["loss"] == pytest.approx(0.5 * nll, rel=1e-5)
@@ -178,7 +176,7 @@ def test_lora_exports_base_and_adapter_merged(tiny, tmp_path):
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
-def test_a20_one_step_moves_the_norm_weights(tiny, tmp_path):
+def test_one_step_moves_the_norm_weights(tiny, tmp_path):
     """fp32 master weights: even lr 1e-6 on a weight of 1.0 is not rounded away under bf16."""
     out = run_sft(tiny, tmp_path, "out", max_steps=1, dtype="bfloat16", learning_rate=1e-6)
     name = "model.layers.0.input_layernorm.weight"
@@ -194,10 +192,6 @@ def test_best_checkpoint_is_the_one_with_the_lowest_eval_loss(tiny, tmp_path):
     losses = {row["step"]: row["eval_loss"] for row in metrics(out)}
     run = json.loads((out / "run.json").read_text())
     assert run["best_step"] == min(losses, key=losses.get)
-    from srit.data.examples import read_sft
-    from srit.models import load_model
-    from srit.text.tokenizer import load_tokenizer
-
     examples, _ = read_sft([file], load_tokenizer(str(out)), 256, ["cot"], True)
     model, _ = load_model(str(out))
     assert sft.evaluate(model, examples, 8, torch.device("cpu")) == pytest.approx(
@@ -257,7 +251,7 @@ def test_bad_demonstrations(tiny, tmp_path, rows, message):
     ([{"prompt": "word " * 300, "chosen": "a", "rejected": "b"}], "prompt longer than max_length"),
     ([{"prompt": "w", "chosen": "a " * 300, "rejected": "b"}], "completion beyond max_length"),
 ])
-def test_b7_bad_pairs(tiny, tmp_path, rows, message):
+def test_bad_pairs(tiny, tmp_path, rows, message):
     with pytest.raises(InputError, match=message):
         run_dpo(tiny, tmp_path, "out", rows=rows, max_steps=1)
 
@@ -275,30 +269,32 @@ def test_plain_trl_rows_train_too(tiny, tmp_path):
     assert metrics(run_sft(tiny, tmp_path, "sft", rows=sft_rows, max_steps=1))
 
 
-def test_a18_non_finite_loss_names_the_rows(tiny, tmp_path):
+def test_non_finite_loss_names_the_rows(tiny, tmp_path):
     with pytest.raises(InputError, match=r"step \d+: .* not finite; rows of this step: .*q\d.*"
                                          r"4 steps were skipped for this, --max_skipped_steps is 3"):
         run_sft(tiny, tmp_path, "out", max_steps=20, learning_rate=1e30, max_grad_norm=0.0,
                 max_skipped_steps=3)
 
 
-def test_a18_a_step_that_is_not_finite_changes_no_weight(tiny, tmp_path):
-    cfg = DPOConfig(str(tiny), ["f"], str(tmp_path / "out"), max_skipped_steps=1)
-    tokenizer = load_tokenizer(str(tiny))
-    model, config = load_for_training(cfg, tokenizer, torch.device("cpu"))
-    opt = Optimization(cfg, model, config, tokenizer, Schedule(100, 1, 1, 1, 0, False))
+def test_a_step_that_is_not_finite_changes_no_weight(tiny, tmp_path):
+    """A18. The log counts such steps and names their rows, up to max_skipped_steps."""
+    model, _ = load_model(str(tiny))
+    optimizer = make_adamw(model, SFTConfig(str(tiny), ["f"], str(tmp_path)))
+    state = TrainState(step=2, total_steps=100)
+    log = MetricsLog(tmp_path, state, max_skipped_steps=1)
     before = [p.detach().clone() for p in model.parameters()]
+    rows = [Example(name, Rendered([1, 2], [False, True], "")) for name in "ab"]
     for bad in (float("nan"), float("inf"), 1.0):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         model.model.norm.weight.grad[0] = bad
-        opt.step(3, torch.tensor(0.5), ["a", "b"])  # a step with a learning rate above 0
+        norm, finite = optimizer_step(model, optimizer, 1e-3, 1.0, loss=torch.tensor(0.5))
+        log.add({"loss": torch.tensor(0.5)}, norm, 1, rows, finite)
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same == (bad != 1.0)
     with pytest.raises(InputError, match="step 4: .*not finite; rows of this step: a, b"):
-        opt.count_skipped()
-    opt.count_skipped()
-    assert opt.state.skipped_steps == 2
+        log.pending()
+    assert log.pending()["weight"] == 1.0 and state.skipped_steps == 2
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -316,7 +312,7 @@ def test_token_budget(tiny, tmp_path, stage):
         train(tiny, tmp_path, "small", max_tokens_per_batch=9)
 
 
-def test_c9_resume_against_another_reference_is_refused(tiny, tmp_path):
+def test_resume_against_another_reference_is_refused(tiny, tmp_path):
     out = run_dpo(tiny, tmp_path, "out", max_steps=2, save_steps=2)
     other = tiny_checkpoint(tmp_path / "other", seed=5)
     state = json.loads((out / "run.json").read_text())
@@ -327,7 +323,7 @@ def test_c9_resume_against_another_reference_is_refused(tiny, tmp_path):
                            **{**QUIET, "max_steps": 4, "save_steps": 2}))
 
 
-def test_c6_reference_cache_is_reused_and_follows_content(tiny, tmp_path):
+def test_reference_cache_is_reused_and_follows_content(tiny, tmp_path):
     one_by_one = dict(per_device_train_batch_size=1, gradient_accumulation_steps=7)
     out = run_dpo(tiny, tmp_path, "out", max_steps=1, **one_by_one)
     cache = (out / "ref_logps.jsonl").read_text().splitlines()

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from srit.config import SFTConfig
 from srit.training.optimizer import clip_gradients, lr_factor, make_adamw, warmup_steps
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_d3_schedule_is_that_of_transformers(scheduler, warmup):
+def test_schedule_is_that_of_transformers(scheduler, warmup):
     transformers = pytest.importorskip("transformers")
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -21,7 +22,7 @@ def test_d3_schedule_is_that_of_transformers(scheduler, warmup):
         theirs.step()
 
 
-def test_d4_warmup_counts_optimizer_steps():
+def test_warmup_counts_optimizer_steps():
     assert warmup_steps(100, 0.03, 0) == 3
     assert warmup_steps(10, 0.03, 0) == 1
     assert warmup_steps(10, 0.03, 4) == 4
@@ -30,7 +31,7 @@ def test_d4_warmup_counts_optimizer_steps():
 
 def test_norms_and_biases_do_not_decay():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    optimizer = make_adamw(model, 0.1, 0.5, (0.9, 0.999), 1e-8)
+    optimizer = make_adamw(model, SFTConfig("m", ["f"], "o", weight_decay=0.5))
     decays = {tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups
               for p in g["params"]}
     assert decays == {(2, 3): 0.5, (2,): 0.0}

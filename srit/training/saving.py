@@ -1,0 +1,146 @@
+"""What a run saves on its way and leaves at its end: checkpoints, the best weights, the model."""
+
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from srit.config import TrainConfig
+from srit.models import Decoder, save_model
+from srit.models.load import write_config
+from srit.models.lora import load_adapter, save_adapter
+from srit.runtime import distributed, shutdown
+from srit.runtime.files import InputError, atomic_dir, atomic_path
+from srit.runtime.run_dir import read_run
+from srit.text.tokenizer import Tokenizer
+from srit.training.checkpoint import (
+    CheckpointWriter,
+    TrainState,
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+)
+from srit.training.metrics import MetricsLog
+
+
+class BestWeights:
+    """best-N/: the weights, or the adapter, with the lowest evaluation loss so far."""
+
+    def __init__(self, cfg: TrainConfig, model: Decoder, tokenizer: Tokenizer) -> None:
+        self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
+        self.output_dir = Path(cfg.output_dir)
+
+    def keep(self, eval_loss: float, state: TrainState) -> None:
+        """Write best-N/ when this evaluation is the best one."""
+        best = state.best_eval_loss
+        if self.cfg.load_best_model_at_end and (best is None or eval_loss < best):
+            state.best_eval_loss, state.best_step = eval_loss, state.step
+            self._write(self.output_dir / f"best-{state.step}")
+
+    def prune(self, needed: int | None) -> None:
+        """Remove every best-N/ but the one of step `needed` and those that a checkpoint refers to."""
+        if distributed.rank() == 0:
+            keep = {needed} | {read_state(path).best_step for path in checkpoints(self.output_dir)}
+            for directory in self.output_dir.glob("best-*"):
+                number = re.fullmatch(r"best-(\d+)", directory.name)
+                if number and int(number[1]) not in keep:
+                    shutil.rmtree(directory)
+
+    def export(self, state: TrainState) -> None:
+        """The trained model in Hugging Face layout: the best weights if kept, else the last."""
+        cfg, main, best = self.cfg, distributed.rank() == 0, None
+        if state.best_step is not None:
+            best = self.output_dir / f"best-{state.best_step}"
+            if main:
+                print(f"exporting step {state.best_step}, evaluation loss {state.best_eval_loss:.4f}")
+        if cfg.use_peft:
+            if best is not None:
+                load_adapter(self.model, best)
+            self._write(self.output_dir / "adapter")
+        if best is not None and not cfg.use_peft:
+            for file in sorted(best.iterdir()) if main else ():
+                with atomic_path(self.output_dir / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+        else:
+            save_model(self.model, self.model.config, self.output_dir if main else None)
+        if main:
+            self.tokenizer.save(self.output_dir)
+
+    def _write(self, directory: Path) -> None:
+        with atomic_dir(directory) if distributed.rank() == 0 else nullcontext() as temporary:
+            if self.cfg.use_peft:
+                save_adapter(self.model, temporary, self.cfg.model_name_or_path)
+            else:
+                save_model(self.model, self.model.config, temporary)
+            if temporary is not None:
+                self.tokenizer.save(temporary)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the one to start from, and new ones as they are due."""
+
+    def __init__(self, cfg: TrainConfig, model: Decoder, optimizer: torch.optim.Optimizer,
+                 tokenizer: Tokenizer) -> None:
+        self.cfg, self.model, self.optimizer = cfg, model, optimizer
+        self.best = BestWeights(cfg, model, tokenizer)
+        self.output_dir = Path(cfg.output_dir)
+        self.writer = CheckpointWriter(self.output_dir, cfg.save_total_limit, cfg.async_save)
+
+    def resume(self, total_steps: int, step_size: int, reference: str | None = None) -> TrainState:
+        """The state of the checkpoint to go on from, loaded into model and optimizer; or a fresh one.
+
+        Raises InputError for a run that is finished, and for a checkpoint of another reference model
+        or another number of rows, pairs or bins to a step.
+        """
+        state = TrainState()
+        found = find_checkpoint(self.output_dir, self.cfg.resume_from_checkpoint)
+        done = read_run(self.output_dir) or {}
+        if done.get("finished") and done["steps"] >= total_steps:
+            raise InputError(f"{self.output_dir}: this run is finished; train longer with "
+                             "--max_steps or --num_train_epochs, or start it afresh with "
+                             "--overwrite_output_dir True")
+        if found is not None:
+            state = load_checkpoint(found, self.model, self.optimizer)
+            if state.reference != reference:
+                raise InputError(f"{found}: was trained against another reference model; "
+                                 f"--model_name_or_path must be the one it started from")
+            if state.batch_size != step_size:
+                raise InputError(f"{found}: a step was {state.batch_size} rows, pairs or bins, "
+                                 f"and would now be {step_size}; adapt "
+                                 "--per_device_train_batch_size or --gradient_accumulation_steps to "
+                                 f"{distributed.world_size()} processes")
+            if distributed.rank() == 0:
+                print(f"resuming {found} at step {state.step} of {total_steps}")
+        state.total_steps, state.batch_size, state.reference = total_steps, step_size, reference
+        return state
+
+    def save_if_due(self, state: TrainState, log: MetricsLog) -> None:
+        """Write checkpoint-N when one is due or the run was asked to stop; then raise Stopped."""
+        asked = distributed.any_rank(shutdown.requested()) and state.step < state.total_steps
+        if not asked and not (self.cfg.save_steps and state.step % self.cfg.save_steps == 0):
+            return
+        state.log = log.pending()
+        self.writer.save(self.model, self.optimizer, state, self._write_files)
+        self.best.prune(state.best_step)
+        if asked:
+            self.writer.wait()
+            log.close()
+            raise shutdown.Stopped(f"stopped after step {state.step} of {state.total_steps}; the same "
+                                   "command goes on from there")
+
+    def finish(self, state: TrainState) -> None:
+        """Export the trained model, then remove the best-N/ that no checkpoint refers to."""
+        self.writer.wait()
+        self.best.export(state)
+        self.best.prune(None)
+
+    def _write_files(self, directory: Path | None) -> None:
+        """What a checkpoint holds besides tensors and state; rank 0 alone has a directory."""
+        if self.cfg.use_peft:
+            save_adapter(self.model, directory, self.cfg.model_name_or_path)
+        if directory is not None:
+            write_config(self.model.config, directory)
+            self.best.tokenizer.save(directory)
