@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from srit.models.config import ModelConfig
+from srit.models.gguf_metadata import read_metadata
 from srit.runtime.files import InputError
+from srit.runtime.limits import INTEGER, check, is_integer
 
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 NAMES = {
@@ -37,36 +39,24 @@ GEMMA_NAMES = {
 }
 
 
-def open_gguf(path: Path) -> Any:
-    """A GGUFReader. Raises InputError if the package is missing or the file is damaged."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InputError(f"{path}: reading GGUF needs the package: pip install gguf") from None
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise InputError(f"{path}: damaged or not GGUF ({error})") from None
-
-
-def metadata(reader: Any, key: str, default: Any = None) -> Any:
-    """A metadata value as a plain Python object; `default` if the file has no such key."""
-    found = reader.fields.get(key)
-    return default if found is None else found.contents()
-
-
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and all tensors, dequantised to float32.
 
     Raises InputError for a damaged file and for unknown architectures, tensors and types.
     """
-    from gguf import dequantize
-
-    reader = open_gguf(path)
-    raw = _config(reader, path)
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError:
+        raise InputError(f"{path}: reading GGUF needs the package: pip install gguf") from None
+    metadata = read_metadata(path)  # first: it has limits, and the package has none
+    try:
+        stored = GGUFReader(path).tensors
+    except Exception as error:  # of many types, for a header that contradicts itself
+        raise InputError(f"{path}: damaged or not GGUF ({error})") from None
+    raw = _config(metadata, stored, path)
     gemma = raw["model_type"] == "gemma3_text"
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in stored:
         if tensor.name.startswith("rope_freqs"):
             raise InputError(f"{path}: scaled rotary frequencies ({tensor.name}) in GGUF are not "
                              "supported; use the safetensors checkpoint")
@@ -80,6 +70,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         values = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
         if raw["model_type"] == "llama" and re.search(r"\.[qk]_proj\.", name):
             heads = raw["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+            check(shape[0] % (2 * heads) == 0, str(path), f"the size of {tensor.name}", shape[0],
+                  f"a multiple of 2 x {heads} heads")
             values = _unpermute(values, heads)
         if gemma and name.endswith("norm.weight"):
             values = values - 1  # GGUF stores 1 + w
@@ -88,22 +80,30 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return ModelConfig.from_dict(raw, str(path)), tensors
 
 
-def _config(reader: Any, path: Path) -> dict[str, Any]:
-    kind = metadata(reader, "general.architecture")
-    if kind not in MODEL_TYPES:
+def _config(metadata: dict[str, Any], stored: list, path: Path) -> dict[str, Any]:
+    kind = metadata.get("general.architecture")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise InputError(f"{path}: architecture {kind!r} is not supported; "
                          f"supported are {', '.join(MODEL_TYPES)}")
 
     def get(key: str, default: Any = None) -> Any:
-        value = metadata(reader, f"{kind}.{key}", default)
+        value = metadata.get(f"{kind}.{key}", default)
         if value is None:
             raise InputError(f"{path}: no metadata {kind}.{key}")
         return value
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
-    if embedding is None:
-        raise InputError(f"{path}: missing tensor token_embd.weight")
+    def count(key: str, default: int | None = None) -> int:
+        value = get(key, default)
+        check(is_integer(value, 1, INTEGER), str(path), f"{kind}.{key}", value,
+              f"an integer from 1 to {INTEGER}")
+        return value
+
+    heads, hidden = count("attention.head_count"), count("embedding_length")
+    epsilon = get("attention.layer_norm_rms_epsilon")
+    check(isinstance(epsilon, float), str(path), "layer_norm_rms_epsilon", epsilon, "a number")
+    embedding = next((t for t in stored if t.name == "token_embd.weight"), None)
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError(f"{path}: missing tensor token_embd.weight, a matrix")
     raw = {
         "model_type": MODEL_TYPES[kind],
         "vocab_size": int(embedding.shape[1]),
@@ -111,18 +111,18 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
         "head_dim": get("attention.key_length", hidden // heads),
         "max_position_embeddings": get("context_length"),
         # Stored as float32: 9.999999747378752e-06 stands for 1e-05.
-        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        "rms_norm_eps": float(f"{epsilon:.6g}"),
         "rope_theta": get("rope.freq_base", 10000.0),
         "hidden_act": "gelu_pytorch_tanh" if kind == "gemma3" else "silu",
-        "bos_token_id": metadata(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata(reader, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": metadata(reader, "tokenizer.ggml.padding_token_id"),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    if metadata(reader, f"{kind}.rope.scaling.type") not in (None, "none"):
+    if metadata.get(f"{kind}.rope.scaling.type") not in (None, "none"):
         scaling = get("rope.scaling.type")
         raw["rope_scaling"] = {"rope_type": scaling, "factor": get("rope.scaling.factor")}
     if kind == "gemma3":

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from srit.runtime.files import InputError
+from srit.runtime.limits import GGUF_ITEMS, GGUF_KEYS, GGUF_STRING_BYTES, GGUF_TENSORS
 
 SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8",
            11: "i8", 12: "f8"}
 STRING, ARRAY = 8, 9
+DIMENSIONS = 4
 
 
 class _Cursor:
@@ -32,17 +34,23 @@ class _Cursor:
     def number(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
+    def count(self, limit: int, what: str) -> int:
+        count = self.number("<Q")
+        if count > limit:
+            raise ValueError(f"{count:,} {what}, the limit is {limit:,}")
+        return count
+
     def text(self) -> str:
-        return self.take(self.number("<Q")).decode("utf-8")
+        return self.take(self.count(GGUF_STRING_BYTES, "bytes of text")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
-            kind, count = self.number("<I"), self.number("<Q")
-            if kind in SCALARS:
-                return self.array(kind, count)
-            return [self.value(kind) for _ in range(count)]
+            kind, count = self.number("<I"), self.count(GGUF_ITEMS, "items in an array")
+            if kind == ARRAY:
+                raise ValueError("an array of arrays")
+            return self.array(kind, count) if kind != STRING else [self.text() for _ in range(count)]
         return self.array(kind, 1)[0]
 
     def array(self, kind: int, count: int) -> list:
@@ -62,11 +70,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 magic, version = cursor.take(4), cursor.number("<I")
                 if magic != b"GGUF" or version not in (2, 3):
                     raise ValueError(f"starts with {magic!r}, version {version}")
-                cursor.take(8)  # the number of tensors
+                tensors = cursor.count(GGUF_TENSORS, "tensors")
                 found = {}
-                for _ in range(cursor.number("<Q")):
+                for _ in range(cursor.count(GGUF_KEYS, "keys")):
                     key = cursor.text()
                     found[key] = cursor.value(cursor.number("<I"))
+                for _ in range(tensors):  # for the gguf package, which believes what it reads
+                    cursor.text()
+                    if (dimensions := cursor.number("<I")) > DIMENSIONS:
+                        raise ValueError(f"a tensor of {dimensions:,} dimensions")
+                    cursor.take(8 * dimensions + 12)  # sizes, type, offset
                 return found
         except (ValueError, KeyError, EOFError, OverflowError) as error:
             raise InputError(f"{path}: damaged or not GGUF ({error})") from None

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -18,9 +17,13 @@ from srit.models.config import ModelConfig
 from srit.models.decoder import Decoder
 from srit.models.lora import merged_parameters
 from srit.runtime.files import InputError, atomic_path, atomic_write
+from srit.runtime.limits import check, read_object
 
 SHARD_BYTES = 5 * 1000**3
-INDEX = "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json", "chat_template.jinja")
 
 
 def resolve(name: str | Path) -> Path:
@@ -60,6 +63,16 @@ def resolve(name: str | Path) -> Path:
                          f"({type(error).__name__}: {reason})") from None
 
 
+def model_files(name: str | Path) -> list[Path]:
+    """Every file that loading this model and its tokenizer reads."""
+    path = resolve(name)
+    if path.is_file():
+        return [path]
+    names = (CONFIG, INDEX, *TOKENIZER_FILES)
+    return [*(path / name for name in names if (path / name).is_file()),
+            *sorted(path.glob("model*.safetensors")), *sorted(path.glob("state/*.safetensors"))]
+
+
 def load_model(name: str | Path, dtype: torch.dtype = torch.float32,
                device: torch.device | str = "cpu",
                compute_dtype: torch.dtype | None = None) -> tuple[Decoder, ModelConfig]:
@@ -86,17 +99,16 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32,
 
 
 def read_config(directory: Path) -> ModelConfig:
-    return ModelConfig.from_dict(_read_json(directory / "config.json"),
-                                 str(directory / "config.json"))
+    return ModelConfig.from_dict(read_object(directory / CONFIG), str(directory / CONFIG))
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that its index names."""
     single, index = directory / "model.safetensors", directory / INDEX
     if index.is_file():
-        where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict):
-            raise InputError(f"{index}: no weight_map")
+        where = read_object(index).get("weight_map")
+        check(isinstance(where, dict) and all(isinstance(name, str) for name in where.values()),
+              str(index), "weight_map", where, "an object of file names")
         names = sorted(set(where.values()))
         for name in names:
             if Path(name).name != name:
@@ -151,6 +163,9 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype,
         if tensors[name].shape != shape:
             raise InputError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, "
                              f"the config asks for {tuple(shape)}")
+        if tensors[name].dtype not in FLOATS:
+            raise InputError(f"{source}: tensor {name} has dtype {tensors[name].dtype}; quantised "
+                             "safetensors are not supported")
     state = {name: tensors[name].to(device=device, dtype=dtype) for name in wanted}
     model.load_state_dict(state, assign=True)
     model.requires_grad_(True)
@@ -196,18 +211,6 @@ def write_config(config: ModelConfig, directory: Path,
                  dtype: torch.dtype = torch.float32) -> None:
     raw = {k: v for k, v in config.to_dict().items() if k not in ("torch_dtype", "dtype")}
     _write_json(directory / "config.json", {**raw, "dtype": str(dtype).removeprefix("torch.")})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {path.parent} a model directory?") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object")
-    return value
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from srit.runtime import limits
 from srit.runtime.files import InputError
 
 PromptStyle = Literal["direct", "cot"]
@@ -15,6 +16,18 @@ PromptStyle = Literal["direct", "cot"]
 def _check(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise InputError(f"--{name} {value}: must be {rule}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raise InputError for a number of any field that no torch or clock function takes."""
+    for name, value in vars(config).items():
+        if name == "seed":
+            _check(0 <= value <= limits.SEED, name, value, f"from 0 to {limits.SEED}")
+        elif isinstance(value, int):
+            _check(abs(value) <= limits.INTEGER, name, value, f"at most {limits.INTEGER}")
+        elif isinstance(value, float):
+            _check(limits.is_number(value), name, value,
+                   f"a number, at most {limits.NUMBER:g}")
 
 
 @dataclass
@@ -99,6 +112,8 @@ class TrainConfig:
     """Delete what output_dir holds and start afresh."""
     shuffle_dataset: bool = True
     """A new order every epoch, from the seed; False: the order of the file."""
+    parse_special_tokens: bool = True
+    """Special tokens written in rows of plain text count as such; in conversations they never do."""
     use_peft: bool = False
     """Train a LoRA adapter, and export base and adapter merged (the adapter alone in adapter/)."""
     lora_r: int = 16
@@ -111,6 +126,7 @@ class TrainConfig:
     """Module names that get an adapter; empty: every projection of attention and MLP."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
                      "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -119,6 +135,11 @@ class TrainConfig:
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs",
                self.num_train_epochs, "positive when max_steps is not given")
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
+        _check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "positive")
+        _check(0 < self.ddp_timeout <= limits.SECONDS, "ddp_timeout", self.ddp_timeout,
+               f"positive, at most {limits.SECONDS:g}")
         _check(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "from 0 to 1")
         _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "from 0 to below 1")
         _check(bool(self.train_file), "train_file", self.train_file, "at least one file")
@@ -236,6 +257,7 @@ class GenerateConfig:
     """Delete the run in output_dir and start again; otherwise an unfinished run is resumed."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("num_samples", "per_device_batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_cache_memory", "max_time"):
@@ -306,6 +328,7 @@ class PairConfig:
     """Delete what output_dir holds and start afresh."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _check(self.max_pairs_per_question >= 1, "max_pairs_per_question",
                self.max_pairs_per_question, "at least 1")
         _check(bool(self.samples_file), "samples_file", self.samples_file, "at least one file")

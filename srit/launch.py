@@ -16,6 +16,17 @@ from safetensors import SafetensorError
 from srit.recipe import check_keys, keys_of, read_yaml, stage_values
 from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError
+from srit.runtime.outcome import (
+    BAD_INPUT,
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    STOPPED,
+    Diverged,
+    Failed,
+    Finished,
+    Stopped,
+)
 
 # Parts of gloo's and NCCL's messages when a peer is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out",
@@ -73,30 +84,41 @@ def parse(cls: type[Config], stage: str, argv: list[str] | None = None) -> Confi
 
 def run(cls: type[Config], stage: str, main: Callable[[Config], None],
         argv: list[str] | None = None) -> None:
-    """Parse the command line and run one stage. Bad input prints one line and exits with status 1."""
+    """Parse the command line and run one stage; exit with a status of runtime/outcome.py."""
     try:
         cfg = parse(cls, stage, argv)
         # A stage without max_time never checks for a shutdown, so Ctrl-C must interrupt it directly.
         with shutdown.listening(cfg.max_time) if hasattr(cfg, "max_time") else nullcontext():
+            shutdown.end_with_parent()
             main(cfg)
-    except shutdown.Stopped as reason:
+    except (Finished, Stopped) as reason:
         if distributed.rank() == 0:
-            print(reason)
+            print(reason, flush=True)
         distributed.leave_process_group()
-    except (InputError, OSError, SafetensorError) as error:  # OSError: disk full, no permission, ...
-        sys.exit(f"error: {error}")
+        sys.exit(STOPPED if isinstance(reason, Stopped) else FINISHED)
+    except (InputError, SafetensorError) as error:
+        _exit(BAD_INPUT, f"error: {error}")
+    except Diverged as error:
+        _exit(DIVERGED, f"error: {error}")
+    except (Failed, OSError) as error:  # OSError: disk full, no permission, ...
+        _exit(FAILED, f"error: {error}")
     except RuntimeError as error:
         # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
         text = str(error)
         if any(sign in text for sign in LOST):
-            sys.exit(f"error: rank {distributed.rank()}: another rank has died or does not answer "
-                     f"({text.splitlines()[0]}); see that rank's own message. The same command "
-                     "resumes from the last checkpoint")
+            _exit(FAILED, f"error: rank {distributed.rank()}: another rank has died or does not answer "
+                          f"({text.splitlines()[0]}); see that rank's own message. The same command "
+                          "resumes from the last checkpoint")
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        sys.exit(f"error: out of memory ({text.splitlines()[0]}). Training: lower "
-                 "--max_tokens_per_batch or --per_device_train_batch_size (and raise "
-                 "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling and "
-                 "evaluation: lower --per_device_batch_size")
+        _exit(FAILED, f"error: out of memory ({text.splitlines()[0]}). Training: lower "
+                      "--max_tokens_per_batch or --per_device_train_batch_size (and raise "
+                      "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling "
+                      "and evaluation: lower --per_device_batch_size")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command resumes where it stopped")
+        _exit(STOPPED, "interrupted: the same command resumes where it stopped")
+
+
+def _exit(status: int, message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)

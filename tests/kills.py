@@ -25,9 +25,10 @@ from srit.config import DPOConfig, SampleConfig, SFTConfig
 from srit.runtime import files
 from srit.train import dpo, sample, sft
 from srit.training.checkpoint import CheckpointWriter
+from srit.training.saving import BestWeights
 
 LOOP = dict(dtype="float32", device="cpu", max_length=256, learning_rate=1e-3, logging_steps=2,
-            per_device_train_batch_size=2, max_steps=7, save_steps=3, eval_steps=2)
+            per_device_train_batch_size=2, max_steps=7, save_steps=3, eval_steps=2, save_total_limit=1)
 
 
 def start(stage: str, folder: Path, out: Path) -> None:
@@ -84,7 +85,9 @@ def in_child(calls: Calls, stage: str, folder: Path, out: Path, report: Path | N
         log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        calls.watch(CheckpointWriter, "_write")
+        calls.watch(CheckpointWriter, "_write")  # rotation of old checkpoints included
+        calls.watch(BestWeights, "export")
+        calls.watch(BestWeights, "prune")
         calls.watch(files, "rename_over")
         calls.watch(json, "dumps")
         threading.setprofile(calls)
@@ -108,7 +111,7 @@ def outcome(stage: str, out: Path) -> dict:
     if stage != "sample":
         found["metrics"] = [{k: v for k, v in row.items() if k != "tokens_per_second"}
                             for row in metrics(out)]
-    found["files"] = sorted(p.name for p in out.iterdir() if p.name != "ref_logps.jsonl")
+    found["files"] = sorted(p.name for p in out.iterdir() if not p.name.startswith("ref_logps"))
     run = json.loads((out / "run.json").read_text())
     return found | {"run": {k: run[k] for k in ("finished", "counts")}}
 

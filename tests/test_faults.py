@@ -1,5 +1,6 @@
 """Bad days: what goes wrong from outside, and what a run makes of it."""
 
+import ctypes
 import json
 import os
 import re
@@ -18,7 +19,10 @@ from tiny import demo, metrics, pair, question, tiny_checkpoint, write_rows
 from srit.config import DPOConfig, SampleConfig, SFTConfig
 from srit.runtime import shutdown
 from srit.runtime.files import InputError
+from srit.runtime.lock import lock
+from srit.runtime.outcome import BAD_INPUT, STOPPED, Diverged, Stopped
 from srit.train import dpo, sample, sft
+from srit.training.checkpoint import damage
 
 LOOP = dict(dtype="float32", device="cpu", max_length=256, learning_rate=1e-3, logging_steps=1,
             lr_scheduler_type="constant", per_device_train_batch_size=2, max_steps=6, save_steps=2)
@@ -178,7 +182,7 @@ def test_time_is_up_again_and_again(tiny, rows, tmp_path, straight, stage):
             try:
                 start(stage, tiny, rows, tmp_path)
                 break
-            except shutdown.Stopped as reason:
+            except Stopped as reason:
                 assert "the same command goes on from there" in str(reason)
     assert attempt >= (5 if stage != "sample" else 1)
     assert outcome(tmp_path) == straight(stage)
@@ -191,8 +195,8 @@ def wait_for(condition, seconds=60.0):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_with_status_0(tiny, rows, tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_ends_with_status_75(tiny, rows, tmp_path, number):
     out = tmp_path / "out"
     settings = {"save_steps": 0, "max_steps": 100_000}
     run = subprocess.Popen(command("sft", tiny, rows, out, **settings), env=ENV, text=True,
@@ -200,7 +204,7 @@ def test_a_signal_saves_and_ends_with_status_0(tiny, rows, tmp_path, number):
     wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text())
     run.send_signal(number)
     said, complained = run.communicate(timeout=60)
-    assert run.returncode == 0, complained
+    assert run.returncode == STOPPED, complained
     step = int(re.search(r"stopped after step (\d+) of 100000; the same command goes on", said)[1])
     assert f"{number.name}: ending after this step" in complained
     assert (out / f"checkpoint-{step}").is_dir() and len(metrics(out)) == step
@@ -243,7 +247,7 @@ def test_a_recipe_stops_with_its_stage_and_goes_on(tiny, rows, tmp_path):
     wait_for(lambda: run.poll() is not None or (log.is_file() and log.read_text()))
     run.send_signal(signal.SIGINT)
     said, complained = run.communicate(timeout=60)
-    assert run.returncode == 0, complained
+    assert run.returncode == STOPPED, complained
     assert "the run stopped; the same command goes on from there" in said
     assert list((tmp_path / "run" / "sft").glob("checkpoint-*"))
 
@@ -264,7 +268,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(tiny, rows, tmp_path, strai
     assert done.returncode == 1
     assert "error:" in done.stderr and "the checkpoint could not be written" in done.stderr
     assert "Traceback" not in done.stderr and "File too large" in done.stderr
-    assert not list(out.glob(".*")) and (out / "checkpoint-2").is_dir()
+    assert [p.name for p in out.glob(".*")] == [".lock"] and (out / "checkpoint-2").is_dir()
     start(stage, tiny, rows, out)
     assert outcome(out) == straight(stage)
 
@@ -277,6 +281,22 @@ def test_a_place_that_cannot_be_written(tiny, rows, tmp_path, stage):
                               capture_output=True)
         assert done.returncode == 1 and str(place) in done.stderr
         assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def without_override():
+    """As a user who is not root: permissions count."""
+    if os.getuid() == 0:
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "sample"])
+def test_a_read_only_directory(tiny, rows, tmp_path, stage):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o555)
+    words = [*command(stage, tiny, rows, out)[:9], "--device=cpu"]
+    done = subprocess.run(words, env=ENV, text=True, preexec_fn=without_override, capture_output=True)
+    assert done.returncode == 1 and "Permission denied" in done.stderr and str(out) in done.stderr
+    assert "Traceback" not in done.stderr and not list(out.iterdir())
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -318,13 +338,15 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tiny, rows, tmp_
                      capsys.readouterr().err)
 
 
-def test_means_over_no_finite_step_are_null(tiny, rows, tmp_path, monkeypatch):
+def test_a_run_without_a_finite_step_exports_nothing(tiny, rows, tmp_path, monkeypatch):
     compute_loss = sft.compute_loss
     monkeypatch.setattr(sft, "compute_loss", lambda *a, **named: tuple(
         x * float("inf") for x in compute_loss(*a, **named)))
-    start("sft", tiny, rows, tmp_path, max_steps=2, save_steps=0)
+    with pytest.raises(Diverged, match="2 of 2 steps skipped.*nothing was exported"):
+        start("sft", tiny, rows, tmp_path, max_steps=2, save_steps=0)
     assert [row["loss"] for row in metrics(tmp_path)] == [None, None]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_log_line_torn_by_a_kill_is_cut(tiny, rows, tmp_path, straight):
@@ -363,3 +385,76 @@ def test_torch_reads_nothing_from_pickles(tiny, rows, tmp_path, monkeypatch):
                         (torch, "save"), (pickle, "Unpickler")):
         monkeypatch.setattr(owner, name, refuse)
     start("sft", tiny, rows, tmp_path)
+
+
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(tiny, rows, tmp_path):
+    start("sft", tiny, rows, tmp_path, max_steps=2)
+    files = [path for path in (tmp_path / "checkpoint-2").rglob("*") if path.is_file()]
+    assert len(files) > 5 and damage(tmp_path / "checkpoint-2") is None
+    for file in files:
+        flip(file)
+        assert damage(tmp_path / "checkpoint-2") is not None, file
+        flip(file)
+    (tmp_path / "checkpoint-2" / "stranger").write_text("")
+    assert "SHA256SUMS is cut" in damage(tmp_path / "checkpoint-2")
+
+
+def test_a_directory_has_one_writer(tmp_path):
+    """The second process says who has it; the lock goes with its holder, however that ends."""
+    code = ("import sys, time; from pathlib import Path; from srit.runtime.lock import lock; "
+            f"held = lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)")
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"in use by process {first.pid} on {socket.gethostname()}"):
+        lock(tmp_path)
+    first.kill()
+    first.communicate()
+    lock(tmp_path).close()
+
+
+def test_ranks_with_different_inputs_are_refused(tiny, rows, tmp_path):
+    """Rank 1 sees a file of the same name in which two rows have changed places."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for i in range(2):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        lines = (rows / "sft.jsonl").read_text().splitlines(keepends=True)
+        (folder / "sft.jsonl").write_text("".join(lines if i == 0 else lines[::-1]))
+        words = command("sft", tiny, rows, tmp_path / "out")
+        words[words.index("--train_file") + 1] = "sft.jsonl"
+        ranks.append(subprocess.Popen(
+            words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder,
+            env={**ENV, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}))
+    for i, run in enumerate(ranks):
+        _, complained = run.communicate(timeout=60)
+        assert run.returncode == BAD_INPUT
+        assert f"rank {i} has other input files or rows than ranks [{1 - i}]" in complained
+    assert not (tmp_path / "out").exists()
+
+
+def test_templates_show_the_date_of_the_run(rows, tmp_path):
+    """Also when the run goes on on another day: the date stands in run.json."""
+    tiny = tiny_checkpoint(tmp_path / "tiny", scale=2.0)
+    settings = json.loads((tiny / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%Y-%m-%d') }}" + settings["chat_template"]
+    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
+    with shutdown.listening(max_time=1e-9), pytest.raises(Stopped):
+        start("sample", tiny, rows, tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"])
+    (tmp_path / "out" / "run.json").write_text(json.dumps({**run, "date": "1999-12-31"}))
+    start("sample", tiny, rows, tmp_path / "out")
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["prompt"].startswith("1999-12-31") for line in lines)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["date"] == "1999-12-31"
+
+
+def test_no_git_is_needed(tiny, rows, tmp_path):
+    done = subprocess.run(command("sft", tiny, rows, tmp_path / "out", max_steps=1), text=True,
+                          env={**ENV, "PATH": str(tmp_path)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["commit"] is None

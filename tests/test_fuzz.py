@@ -8,6 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from srit.models import ModelConfig, load_model
 from srit.recipe import read_recipe
 from srit.runtime.files import InputError
 from srit.text import chat_template
+from srit.text.prompts import render
 from srit.text.tokenizer import load_tokenizer
 from srit.training.checkpoint import damage
 
@@ -30,7 +32,8 @@ TINY = tiny_checkpoint(FOLDER / "tiny")
 TOKENIZER = load_tokenizer(str(TINY))
 
 scalars = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-           | st.sampled_from(["", "math", "choice", "user", "assistant", "llama", 1e400, -1, 2**70]))
+           | st.sampled_from(["", "math", "choice", "user", "assistant", "llama", 1e400, -1, 2**70,
+                              10**4000, "\ud83d", "<|im_end|>"]))
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4)
                       | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
 
@@ -134,15 +137,105 @@ def test_bytes_as_a_safetensors_header(header):
     may_refuse(load_model, str(folder))
 
 
-@cases(st.one_of(*(edited([(TINY / name).read_bytes()]).map(lambda data, name=name: (name, data))
-                   for name in ("tokenizer.json", "tokenizer_config.json"))))
-def test_bytes_as_a_tokenizer(change):
+TOKENIZER_FILES = {
+    **{name: (TINY / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")},
+    "generation_config.json": b'{"eos_token_id": [2, 3]}',
+    "chat_template.jinja": TOKENIZER.chat_template.encode()}
+
+
+def read_tokenizer(name: str, data: bytes) -> None:
     folder = FOLDER / "tokenizer"
     folder.mkdir(exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((TINY / name).read_bytes())
-    (folder / change[0]).write_bytes(change[1])
-    may_refuse(load_tokenizer, str(folder))
+    for other, original in TOKENIZER_FILES.items():
+        (folder / other).write_bytes(original)
+    (folder / name).write_bytes(data)
+    may_refuse(lambda: load_tokenizer(str(folder)).encode("Tom has 3 apples."))
+
+
+@cases(st.one_of(*(edited([data]).map(lambda data, name=name: (name, data))
+                   for name, data in TOKENIZER_FILES.items())))
+def test_bytes_as_a_tokenizer(change):
+    read_tokenizer(*change)
+
+
+@cases(changed(json.loads(TOKENIZER_FILES["tokenizer_config.json"])) | st.fixed_dictionaries(
+    {"eos_token_id": values}))
+def test_tokenizer_settings_with_other_values(row):
+    name = "generation_config.json" if row.keys() == {"eos_token_id"} else "tokenizer_config.json"
+    read_tokenizer(name, json.dumps(row).encode())
+
+
+INDEX = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+
+
+@cases(edited([json.dumps(INDEX).encode()]) | values.map(lambda value: json.dumps(
+    {"weight_map": value}).encode()) | changed(INDEX["weight_map"]).map(lambda value: json.dumps(
+        {"weight_map": value}).encode()))
+def test_bytes_as_a_shard_index(data):
+    folder = FOLDER / "index"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    may_refuse(load_model, str(folder))
+
+
+def tiny_gguf(path: Path) -> bytes:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in ((writer.add_embedding_length, 8), (writer.add_feed_forward_length, 8),
+                       (writer.add_block_count, 1), (writer.add_head_count, 2),
+                       (writer.add_context_length, 64), (writer.add_layer_norm_rms_eps, 1e-5),
+                       (writer.add_tokenizer_model, "gpt2"), (writer.add_tokenizer_pre, "smollm"),
+                       (writer.add_token_list, ["<s>", "a", "b", "ab"]),
+                       (writer.add_token_types, [3, 1, 1, 1]), (writer.add_token_merges, ["a b"]),
+                       (writer.add_bos_token_id, 0), (writer.add_eos_token_id, 0),
+                       (writer.add_chat_template, "{{ messages[0]['content'] }}")):
+        add(value)
+    names = {"token_embd": (4, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
+             **{f"blk.0.{part}": (8, 8) for part in ("attn_q", "attn_k", "attn_v", "attn_output",
+                                                     "ffn_gate", "ffn_up", "ffn_down")}}
+    for name, shape in names.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+GGUF = tiny_gguf(FOLDER / "tiny.gguf")
+GGUF_HEADER = GGUF.index(b"blk.0.ffn_down.weight") + 64
+
+
+@cases(edited([GGUF]) | edited([GGUF[:GGUF_HEADER]]).map(lambda head: head + GGUF[GGUF_HEADER:]))
+def test_bytes_as_a_gguf_file(data):
+    file = FOLDER / "m.gguf"
+    file.write_bytes(data)
+    may_refuse(load_model, str(file))
+    may_refuse(lambda: load_tokenizer(str(file)).encode("ab"))
+
+
+def test_the_gguf_file_itself_is_read():
+    load_model(str(FOLDER / "tiny.gguf"))
+    assert load_tokenizer(str(FOLDER / "tiny.gguf")).encode("ab<s>") == [3, 0]
+
+
+PIECES = st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<|pad|>", "\n", "user", " a", "\ufdd0",
+                                   "\ufdd01\ufdd1", "<", "|>"]) | st.text(max_size=5), max_size=8)
+
+
+@cases(st.tuples(PIECES.map("".join), PIECES.map("".join)))
+def test_no_text_in_a_message_becomes_a_control_token(texts):
+    def check(question, answer):
+        row = render(TOKENIZER, [{"role": "user", "content": question}], answer)
+        assert [i for i in row.ids if i in TOKENIZER.controls] == CONTROLS
+        assert TOKENIZER.decode(row.ids, False).startswith(f"<|im_start|>user\n{question}<|im_end|>\n")
+    may_refuse(check, *texts)
+
+
+CONTROLS = [i for i in render(TOKENIZER, [{"role": "user", "content": "a"}], "b").ids
+            if i in TOKENIZER.controls]
 
 
 @cases(st.lists(st.dictionaries(st.sampled_from(["role", "content", "name"]), st.text(), max_size=3),

@@ -1,11 +1,14 @@
 """A run that is killed at any moment and started again ends as if nothing had happened."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from tiny import demo, tiny_checkpoint, write_rows
 
 STAGES = ["sft", "async", "dpo", "sample"]  # async: sft whose checkpoints a thread writes
 
@@ -27,3 +30,36 @@ def test_killed_runs_end_the_same(tmp_path, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_runs_end_the_same_often(tmp_path, stage):
     kill(stage, tmp_path, seed=1, runs=100)
+
+
+def test_a_run_killed_between_two_stages_goes_on(tmp_path):
+    """SIGKILL to `srit run` when it has just finished a stage; the same command ends the same."""
+    tiny_checkpoint(tmp_path / "M", scale=2.0)
+    write_rows(tmp_path / "demos.jsonl", [demo(i, i % 5 + 1, i % 3 + 1) for i in range(8)])
+
+    def start(name):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({
+            "model_name_or_path": str(tmp_path / "M"), "output_dir": str(tmp_path / name),
+            "dtype": "float32", "device": "cpu", "data": {"demos": str(tmp_path / "demos.jsonl")},
+            "sft": {"max_steps": 2, "max_length": 256}, "pair": {"policy": "paper"},
+            "sample": {"num_samples": 2, "temperature": 1.5, "max_new_tokens": 24},
+            "dpo": {"max_steps": 2, "max_length": 256}}))
+        return subprocess.Popen(
+            [sys.executable, "-m", "srit.commands.cli", "run", "--config", tmp_path / f"{name}.yaml"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    straight = start("straight")
+    _, complained = straight.communicate(timeout=120)
+    assert straight.returncode == 0, complained
+    for stage in ("sft", "sample", "pair"):
+        run = start("killed")
+        line = next(line for line in run.stdout if f"] {stage}: " in line)
+        run.kill()
+        run.communicate()
+        assert "min" in line
+        time.sleep(2)  # the next stage may have started; it ends with its parent
+    last = start("killed")
+    said, complained = last.communicate(timeout=120)
+    assert last.returncode == 0 and said.count("finished before") >= 3, complained
+    for file in ("sft/model.safetensors", "pair/pairs.jsonl", "dpo/model.safetensors"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()

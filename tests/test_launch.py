@@ -5,6 +5,17 @@ import pytest
 from srit.config import DPOConfig, SFTConfig
 from srit.launch import parse, run
 from srit.runtime.files import InputError
+from srit.runtime.outcome import (
+    BAD_INPUT,
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    STOPPED,
+    Diverged,
+    Failed,
+    Finished,
+    Stopped,
+)
 
 BASE = ["--model_name_or_path", "m", "--train_file", "a.jsonl", "--output_dir", "o"]
 
@@ -68,31 +79,36 @@ def test_settings_that_cannot_work_are_refused(flags, message):
         parse(DPOConfig, "dpo", [*BASE, *flags])
 
 
-def test_bad_input_is_one_line_and_exit_status_1():
-    def fail(cfg):
-        raise InputError("rows.jsonl:3: no such thing")
+@pytest.mark.parametrize("ends, status, said", [
+    (None, None, ""),
+    (Finished("finished before"), FINISHED, "finished before"),
+    (Stopped("stopped after step 3"), STOPPED, "stopped after step 3"),
+    (InputError("rows.jsonl:3: no such thing"), BAD_INPUT, "error: rows.jsonl:3: no such thing"),
+    (Diverged("weights are not finite"), DIVERGED, "error: weights are not finite"),
+    (Failed("not written"), FAILED, "error: not written"),
+    (OSError(28, "No space left on device", "out/m"), FAILED, "error: [Errno 28] No space left"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FAILED,
+     "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB). Training: lower "
+     "--max_tokens_per_batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), FAILED,
+     "error: out of memory"),
+    (RuntimeError("Connection closed by peer"), FAILED, "error: rank 0: another rank has died"),
+    (KeyboardInterrupt(), STOPPED, "interrupted: the same command resumes"),
+], ids=repr)
+def test_every_end_is_one_line_and_a_status(capsys, ends, status, said):
+    """The statuses are those of docs/faults.md."""
+    def main(cfg):
+        if ends is not None:
+            raise ends
 
-    with pytest.raises(SystemExit) as stopped:
-        run(SFTConfig, "sft", fail, BASE)
-    assert stopped.value.code == "error: rows.jsonl:3: no such thing"
-
-
-def test_a_full_disk_is_one_line():
-    def fail(cfg):
-        raise OSError(28, "No space left on device", "out/model.safetensors")
-
-    with pytest.raises(SystemExit, match="error: .*No space left on device"):
-        run(SFTConfig, "sft", fail, BASE)
-
-
-@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB",
-                                  "DefaultCPUAllocator: can't allocate memory: you tried to"])
-def test_out_of_memory_gives_advice_instead_of_a_traceback(text):
-    def fail(cfg):
-        raise RuntimeError(text)
-
-    with pytest.raises(SystemExit, match=r"error: out of memory \(.*--max_tokens_per_batch"):
-        run(DPOConfig, "dpo", fail, BASE)
+    if ends is None:
+        run(SFTConfig, "sft", main, BASE)
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            run(SFTConfig, "sft", main, BASE)
+        assert stopped.value.code == status
+    out, err = capsys.readouterr()
+    assert (out + err).startswith(said) and (out + err).count("\n") == bool(said)
 
 
 def test_other_errors_keep_their_traceback():

@@ -24,14 +24,16 @@ from srit.data.batches import Batch, Pair, collate_pairs
 from srit.data.examples import read_pairs
 from srit.losses import linear_dpo, trained_hidden
 from srit.models import Decoder
+from srit.models.load import model_files
 from srit.models.lora import disabled
 from srit.runtime.distributed import all_reduce_sum
+from srit.runtime.run_dir import Run
 from srit.training.fsdp import scoring
 from srit.training.metrics import MetricsLog
 from srit.training.optimizer import accumulate, learning_rate, make_adamw, optimizer_step
 from srit.training.reference import ReferenceLogps
 from srit.training.saving import Checkpoints
-from srit.training.setup import add_adapter_and_shard, load_student, start_run
+from srit.training.setup import add_adapter_and_shard, load_student, read_rows
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
            "logps/chosen", "logps/rejected")
@@ -67,9 +69,10 @@ def evaluate(model: Decoder, held_out: list[Pair], cfg: DPOConfig,
 
 
 def main(cfg: DPOConfig) -> None:
-    run = start_run("dpo", cfg)
-    model, tokenizer, max_length = load_student(cfg, run.device)
-    train, held_out = run.read(read_pairs, tokenizer, max_length)
+    run = Run("dpo", cfg)
+    model, tokenizer, max_length = load_student(run)
+    train, held_out = read_rows(run, read_pairs, tokenizer, max_length, cfg.parse_special_tokens)
+    run.claim(model_files(cfg.model_name_or_path))
     sampler = BatchSampler(train, collate_pairs, cfg)
     reference = ReferenceLogps(model, cfg, run.device)
     add_adapter_and_shard(model, cfg, run.device)  # a new adapter is zero: still the reference
@@ -77,7 +80,7 @@ def main(cfg: DPOConfig) -> None:
 
     optimizer, total = make_adamw(model, cfg), sampler.total_steps
     checkpoints = Checkpoints(cfg, model, optimizer, tokenizer)
-    state = checkpoints.resume(total, sampler.step_size, reference.hash)
+    state = checkpoints.resume(run, total, sampler.step_size, reference.hash)
     log = MetricsLog(cfg.output_dir, state, cfg.max_skipped_steps)
     run.say(f"{total} steps, {sampler.steps_per_epoch} an epoch")
 
@@ -101,9 +104,8 @@ def main(cfg: DPOConfig) -> None:
             log.write(rate, state.step / sampler.steps_per_epoch, scores)
         checkpoints.save_if_due(state, log)
 
-    log.close()
-    checkpoints.finish(state)
-    run.finish(steps=total, num_tokens=state.num_tokens, best_step=state.best_step,
+    files = checkpoints.finish(state, log)
+    run.finish(files, steps=total, num_tokens=state.num_tokens, best_step=state.best_step,
                reference=reference.hash)
 
 

@@ -14,8 +14,6 @@ Out:  results.json, generations.jsonl (one graded row per question and sample), 
 """
 
 import json
-import time
-from pathlib import Path
 
 from srit import launch
 from srit.config import EvalConfig
@@ -23,28 +21,24 @@ from srit.data.questions import dataset_name
 from srit.generation.loglikelihood import choose_options
 from srit.generation.rollouts import check_fit, generate_rollouts, load_for_generation, read_prompts
 from srit.grading.statistics import pool, summarize_generations
+from srit.models.load import model_files
 from srit.runtime import distributed
 from srit.runtime.files import atomic_write
 from srit.runtime.jsonl import Counts
-from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.runtime.run_dir import Run
 from srit.runtime.table import table
 
 
 def main(cfg: EvalConfig) -> None:
-    started = time.time()
-    device = distributed.setup(cfg.device)
-    output_dir = Path(cfg.output_dir)
-    if distributed.rank() == 0:
-        claim_output_dir(output_dir, "eval", cfg)
-    distributed.barrier()
-
-    model, tokenizer = load_for_generation(cfg, device)
+    run = Run("eval", cfg)
+    model, tokenizer = load_for_generation(cfg, run.device, run.date)
     prompts = read_prompts(cfg.eval_file, [cfg.prompt_style], tokenizer, cfg.limit)
     check_fit(prompts, model, cfg.max_new_tokens)
+    run.claim(model_files(cfg.model_name_or_path))
     answer = choose_options if cfg.scoring == "options" else generate_rollouts
-    rows = answer(model, tokenizer, prompts, output_dir / "generations.jsonl", cfg)
+    rows = answer(model, tokenizer, prompts, run.output_dir / "generations.jsonl", cfg)
 
-    files, counts = {}, []
+    files = {}
     for file in cfg.eval_file:
         asked = {(p.dataset, p.row["id"]) for p in prompts if p.file == file}
         own = [row for row in rows if (row["dataset"], row["id"]) in asked]
@@ -53,8 +47,8 @@ def main(cfg: EvalConfig) -> None:
                        "in_domain": name in cfg.in_domain if cfg.in_domain else None}
         for key in ("text", "text_norm") if cfg.scoring == "options" else ():
             files[file][f"accuracy_{key}"] = sum(r[f"correct_{key}"] for r in own) / len(own)
-        counts.append(Counts(file))
-        counts[-1].use(files[file]["n"])
+        run.counts.append(Counts(file))
+        run.counts[-1].use(files[file]["n"])
     results = {
         "model": cfg.model_name_or_path, "prompt_style": cfg.prompt_style,
         "scoring": cfg.scoring, "temperature": cfg.temperature, "files": files,
@@ -62,13 +56,11 @@ def main(cfg: EvalConfig) -> None:
         "out_of_domain": pool([f for f in files.values() if f["in_domain"] is False]),
     }
     if distributed.rank() == 0:
-        with atomic_write(output_dir / "results.json") as handle:
+        with atomic_write(run.output_dir / "results.json") as handle:
             json.dump(results, handle, indent=2)
             handle.write("\n")
-        print(results_table(results))
-        write_run(output_dir, "eval", cfg, counts, started)
-        print(f"{output_dir}: results.json, generations.jsonl, run.json")
-    distributed.leave_process_group()
+    run.say(results_table(results))
+    run.finish(["results.json", "generations.jsonl"])
 
 
 def results_table(results: dict) -> str:

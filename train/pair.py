@@ -7,42 +7,40 @@ Out:  pairs.jsonl (prompt, chosen, rejected as message lists: TRL reads them too
         --output_dir out/pair --policy paper
 """
 
-import time
-from pathlib import Path
-
+from srit import launch
 from srit.config import PairConfig
-from srit.data.questions import read_demos
+from srit.data.questions import check_question, read_demos
 from srit.grading.pairs import build_pairs, summarize_pairs
-from srit.launch import run
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_lines, require, write_jsonl
-from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.runtime.run_dir import Run
 
-FIELDS = {"id": str, "task": str, "question": str, "answer": str, "sample": int,
-          "prompt_style": str, "text": str, "finished": bool, "correct": bool}
+FIELDS = {"sample": int, "prompt_style": str, "text": str, "finished": bool, "correct": bool,
+          "extracted": str | None}  # beside those of a question
 
 
 def main(cfg: PairConfig) -> None:
-    started = time.time()
-    claim_output_dir(cfg.output_dir, "pair", cfg)
+    run = Run("pair", cfg)
     samples = []
     for file in cfg.samples_file:
         for where, row in read_lines(file):
+            check_question(row, where)
             for key, kind in FIELDS.items():
                 require(row, key, kind, where)
             samples.append(row)
     demos = [row for file in cfg.demos_file for row in read_demos(file)]
-    pairs, counts = build_pairs(samples, demos, cfg.policy, cfg.pair_prompt, cfg.selection,
-                                cfg.max_pairs_per_question, cfg.seed)
-    print(*counts, sep="\n")
+    pairs, run.counts = build_pairs(samples, demos, cfg.policy, cfg.pair_prompt, cfg.selection,
+                                    cfg.max_pairs_per_question, cfg.seed)
+    run.say(*run.counts)
     if not pairs:
-        raise InputError(f"no question gave a pair ({counts[1]}): sample more (--num_samples), "
+        raise InputError(f"no question gave a pair ({run.counts[1]}): sample more (--num_samples), "
                          "raise --temperature, or use harder questions")
     summary = summarize_pairs(pairs)
-    print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in summary.items()))
-    write_jsonl(Path(cfg.output_dir) / "pairs.jsonl", pairs)
-    write_run(cfg.output_dir, "pair", cfg, counts, started, pairs=summary)
+    run.say(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in summary.items()))
+    run.claim()
+    write_jsonl(run.output_dir / "pairs.jsonl", pairs)
+    run.finish(["pairs.jsonl"], pairs=summary)
 
 
 if __name__ == "__main__":
-    run(PairConfig, "pair", main)
+    launch.run(PairConfig, "pair", main)

@@ -13,42 +13,34 @@ Out:  samples.jsonl, one graded row per question, style and sample; run.json
     torchrun --nproc_per_node 8 train/sample.py --config runs/x.yaml
 """
 
-import time
 from pathlib import Path
 
 from srit import launch
 from srit.config import SampleConfig
 from srit.generation.rollouts import drop_too_long, generate_rollouts, load_for_generation, read_prompts
 from srit.grading.statistics import summarize_generations
-from srit.runtime import distributed
-from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.models.load import model_files
+from srit.runtime.run_dir import Run
 from srit.runtime.table import table
 
 
 def main(cfg: SampleConfig) -> None:
-    started = time.time()
-    device = distributed.setup(cfg.device)
-    if distributed.rank() == 0:
-        claim_output_dir(cfg.output_dir, "sample", cfg)
-    distributed.barrier()
-
-    model, tokenizer = load_for_generation(cfg, device)
-    prompts = read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit)
+    run = Run("sample", cfg)
+    model, tokenizer = load_for_generation(cfg, run.device, run.date)
+    prompts = read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit, one_id_space=True)
     prompts, counts = drop_too_long(prompts, model, cfg.max_new_tokens)
-    if distributed.rank() == 0:
-        print(f"{counts}, {cfg.num_samples} samples each")
+    run.counts.append(counts)
+    run.say(f"{counts}, {cfg.num_samples} samples each")
+    run.claim(model_files(cfg.model_name_or_path))
     rows = generate_rollouts(model, tokenizer, prompts, Path(cfg.output_dir) / "samples.jsonl", cfg)
 
-    if distributed.rank() == 0:
-        styles = {style: summarize_generations(row for row in rows if row["prompt_style"] == style)
-                  for style in cfg.prompt_style}
-        print(table(["style", "questions", "samples", "correct", "finished", "tokens", "unparsed"],
-                    [[style, s["n"], s["n"] * cfg.num_samples, f"{s['accuracy']:.1%}",
-                      f"{s['finish_rate']:.1%}", f"{s['mean_tokens']:.1f}", s["unparsed"]]
-                     for style, s in styles.items()]))
-        write_run(cfg.output_dir, "sample", cfg, [counts], started, styles=styles)
-        print(f"{cfg.output_dir}: samples.jsonl, run.json")
-    distributed.leave_process_group()
+    styles = {style: summarize_generations(row for row in rows if row["prompt_style"] == style)
+              for style in cfg.prompt_style}
+    run.say(table(["style", "questions", "samples", "correct", "finished", "tokens", "unparsed"],
+                  [[style, s["n"], s["n"] * cfg.num_samples, f"{s['accuracy']:.1%}",
+                    f"{s['finish_rate']:.1%}", f"{s['mean_tokens']:.1f}", s["unparsed"]]
+                   for style, s in styles.items()]))
+    run.finish(["samples.jsonl"], styles=styles)
 
 
 if __name__ == "__main__":

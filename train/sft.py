@@ -23,12 +23,14 @@ from srit.data.batches import Batch, Example, collate_examples
 from srit.data.examples import read_sft
 from srit.losses import linear_nll, token_logps, trained_hidden
 from srit.models import Decoder
+from srit.models.load import model_files
 from srit.runtime.distributed import all_reduce_sum
+from srit.runtime.run_dir import Run
 from srit.training.fsdp import scoring
 from srit.training.metrics import MetricsLog
 from srit.training.optimizer import accumulate, learning_rate, make_adamw, optimizer_step
 from srit.training.saving import Checkpoints
-from srit.training.setup import add_adapter_and_shard, load_student, start_run
+from srit.training.setup import add_adapter_and_shard, load_student, read_rows
 
 METRICS = ("loss", "entropy", "mean_token_accuracy")
 
@@ -52,15 +54,17 @@ def evaluate(model: Decoder, held_out: list[Example], batch_size: int, device: t
 
 
 def main(cfg: SFTConfig) -> None:
-    run = start_run("sft", cfg)
-    model, tokenizer, max_length = load_student(cfg, run.device)
-    train, held_out = run.read(read_sft, tokenizer, max_length, cfg.prompt_style, cfg.filter_demos)
+    run = Run("sft", cfg)
+    model, tokenizer, max_length = load_student(run)
+    train, held_out = read_rows(run, read_sft, tokenizer, max_length, cfg.prompt_style,
+                                cfg.filter_demos, cfg.parse_special_tokens)
+    run.claim(model_files(cfg.model_name_or_path))
     sampler = BatchSampler(train, collate_examples, cfg, bin_tokens=max_length if cfg.packing else 0)
     add_adapter_and_shard(model, cfg, run.device)
 
     optimizer, total = make_adamw(model, cfg), sampler.total_steps
     checkpoints = Checkpoints(cfg, model, optimizer, tokenizer)
-    state = checkpoints.resume(total, sampler.step_size)
+    state = checkpoints.resume(run, total, sampler.step_size)
     log = MetricsLog(cfg.output_dir, state, cfg.max_skipped_steps)
     run.say(f"{total} steps, {sampler.steps_per_epoch} an epoch, "
             f"{sum(e.num_tokens for e in train):,} tokens, "
@@ -87,9 +91,8 @@ def main(cfg: SFTConfig) -> None:
             log.write(rate, state.step / sampler.steps_per_epoch, scores)
         checkpoints.save_if_due(state, log)
 
-    log.close()
-    checkpoints.finish(state)
-    run.finish(steps=total, num_tokens=state.num_tokens, best_step=state.best_step)
+    files = checkpoints.finish(state, log)
+    run.finish(files, steps=total, num_tokens=state.num_tokens, best_step=state.best_step)
 
 
 if __name__ == "__main__":

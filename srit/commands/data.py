@@ -28,6 +28,7 @@ from srit.data.questions import check_question
 from srit.grading.answers import numbers, show
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, read_lines, write_jsonl
+from srit.runtime.limits import parse_json
 
 LETTERS = "ABCDEFGHIJ"
 Raw = tuple[str, Any]  # place (for messages), record
@@ -142,13 +143,15 @@ def read_raw(path: Path) -> Iterator[Raw]:
                 for at, row in enumerate(csv.reader(handle), 1):
                     yield f"{path}:{at}", row
             return
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = parse_json(path.read_bytes(), str(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
     except csv.Error as error:
         raise InputError(f"{path}: not CSV ({error})") from None
-    except json.JSONDecodeError:  # more than one value: JSON Lines
-        yield from read_lines(path)
+    except InputError as error:
+        if not isinstance(error.__context__, json.JSONDecodeError):
+            raise
+        yield from read_lines(path)  # more than one value: JSON Lines
         return
     records = records if isinstance(records, list) else [records]
     for at, record in enumerate(records, 1):
@@ -159,7 +162,7 @@ def with_labels(records: list[Raw], file: str) -> list[Raw]:
     path = Path(file)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    labels = path.read_text(encoding="utf-8").split()
+    labels = path.read_text(encoding="utf-8", errors="replace").split()
     if len(labels) != len(records):
         raise InputError(f"{path}: {len(labels):,} labels for {len(records):,} records")
     return [(where, dict(raw, label=label) if isinstance(raw, dict) else raw)

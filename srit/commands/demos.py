@@ -1,27 +1,49 @@
 """`srit demos`: get demonstrations from a teacher behind an OpenAI-compatible server.
 
-Every question is asked once, with the chain-of-thought prompt of the other stages. Answers are appended
-to answers.jsonl as they arrive, so a resumed run asks only what is missing; demos.jsonl is written at
-the end. Wrong answers are kept: `srit sft` filters them by ground truth.
+Every question is asked with the chain-of-thought prompt of the other stages. Answers are appended to
+answers.jsonl as they arrive, so a resumed run asks only what is missing or was rejected; demos.jsonl is
+written at the end. Wrong answers are kept: `srit sft` filters them by ground truth.
 """
 
+import asyncio
+import dataclasses
+import itertools
 import json
 import os
-import time
+import re
+from base64 import b64encode
+from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from srit.data.questions import read_questions
 from srit.grading.answers import grade
-from srit.runtime.files import InputError
-from srit.runtime.jsonl import Counts, cut_torn_line, has_rows, read_jsonl, write_jsonl
-from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.runtime import shutdown
+from srit.runtime.files import InputError, sha256
+from srit.runtime.jsonl import (
+    Counts,
+    cut_torn_line,
+    has_rows,
+    read_jsonl,
+    read_lines,
+    require,
+    write_jsonl,
+)
+from srit.runtime.limits import ROW_BYTES, parse_json
+from srit.runtime.outcome import Failed, Stopped
+from srit.runtime.run_dir import Run, read_run
 from srit.text.prompts import question_messages
 
 Answer = tuple[str, str]  # text, finish reason
+
+# HTTP status of an error that all questions share (wrong key, model, address), of one that only this
+# question has (too long, filtered), and of a server that may answer later.
+REFUSED, REJECTED = (401, 403, 404), (400, 413, 422)
+BUSY = (408, 409, 429, *range(500, 600))
+CREDENTIALS = re.compile("//(.*)@")  # up to the last @: a password may hold anything
 
 
 @dataclass
@@ -47,89 +69,163 @@ class DemosConfig:
     max_retries: int = 5
     """Retries after a connection error, a timeout or an overloaded server, with back-off."""
     timeout: float = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds from sending a request to the last byte of its answer."""
+    max_time: float = 0.0
+    """Minutes after which the run stops; the same command resumes it. 0: no limit."""
     limit: int | None = None
     """Use only the first questions of every file."""
     overwrite_output_dir: bool = False
     """Delete output_dir and start over; otherwise an unfinished run is resumed."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "concurrency"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("temperature", "max_retries"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        for name, least in (("max_new_tokens", 1), ("concurrency", 1), ("temperature", 0),
+                            ("max_retries", 0), ("max_time", 0)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be {least} or more")
+        if not self.timeout > 0:
+            raise InputError(f"--timeout {self.timeout}: must be positive")
+
+
+def address(cfg: DemosConfig) -> str:
+    return cfg.base_url or os.environ.get("OPENAI_BASE_URL", "")
+
+
+def api_key(cfg: DemosConfig) -> str:
+    return os.environ.get(cfg.api_key_variable, "").strip()
 
 
 def connect(cfg: DemosConfig) -> Any:
-    """A client with its own retries. Raises InputError if the package or the key is missing."""
+    """A client for the server. Raises InputError if the package or the key is missing."""
     try:
         import openai
     except ImportError:
         raise InputError("srit demos needs the openai package: pip install 'srit[teacher]'"
                          ) from None
-    base_url = cfg.base_url or os.environ.get("OPENAI_BASE_URL")
-    key = os.environ.get(cfg.api_key_variable)
-    if not key and not base_url:
+    url, key = address(cfg), api_key(cfg)
+    if not key and not url:
         raise InputError(f"the environment variable {cfg.api_key_variable} holds no key; set it, or "
                          "give the --base_url of a server that needs none")
-    return openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=cfg.max_retries,
-                         timeout=cfg.timeout)
+    try:
+        parts = urlsplit(url)
+        good = not url or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    except ValueError:  # a bad port or bracket
+        good = False
+    if not good:  # not shown: it may hold a password
+        raise InputError("the server's address must look like http://host:port/v1; special characters "
+                         "in a password are written as %XX")
+    # `ask` retries and bounds the time: the client's timeout is for each read, not for the answer.
+    return openai.AsyncOpenAI(api_key=key or "none", base_url=url or None, max_retries=0, timeout=None)
 
 
-def ask(client: Any, cfg: DemosConfig, row: dict) -> Answer:
-    """Ask the teacher one question."""
-    reply = client.chat.completions.create(
-        model=cfg.model, messages=question_messages(row, "cot"), temperature=cfg.temperature,
-        max_tokens=cfg.max_new_tokens)
-    if not reply.choices:
-        return "", "empty"
-    return reply.choices[0].message.content or "", reply.choices[0].finish_reason or "stop"
+def one_line(cfg: DemosConfig) -> Callable[[BaseException], str]:
+    """A function that describes an error in one short line without the key or credentials."""
+    secrets = [api_key(cfg)]
+    if found := CREDENTIALS.search(address(cfg)):
+        user, _, password = found[1].partition(":")
+        basic = b64encode(unquote(found[1]).encode()).decode()
+        secrets += [found[1], basic, password or user, unquote(password or user)]
+    pattern = "|".join(re.escape(secret) for secret in sorted(secrets, key=len, reverse=True) if secret)
+
+    def describe(error: BaseException) -> str:
+        text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        if error.__cause__:  # of the client's bare "Connection error."
+            text += f" ({error.__cause__})"
+        text = re.sub(pattern, "***", text) if pattern else text
+        return " ".join(text.encode("utf-8", "replace").decode().split())[:300]
+
+    return describe
 
 
-# HTTP status of an error that all questions share (wrong key, model, address), and of one that only
-# this question has (too long, filtered). Retrying helps neither.
-REFUSED, REJECTED = (401, 403, 404), (400, 413, 422)
+async def ask(client: Any, cfg: DemosConfig, row: dict) -> Answer:
+    """Ask the teacher one question, again with back-off if the connection fails or the server is busy.
+
+    Raises InputError for a reply without an answer, and what the client raises.
+    """
+    body = {"model": cfg.model, "messages": question_messages(row, "cot"),
+            "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
+    for attempt in itertools.count():
+        try:
+            reply = await asyncio.wait_for(
+                client.post("/chat/completions", body=body, cast_to=str), cfg.timeout)
+            break
+        except Exception as error:
+            if isinstance(error, asyncio.TimeoutError):
+                error = TimeoutError(f"no whole answer within {cfg.timeout:g} seconds (--timeout)")
+            if attempt == cfg.max_retries or getattr(error, "status_code", 500) not in BUSY:
+                raise error
+            pause = _retry_after(error) or min(8.0, 0.5 * 2**attempt)
+        await asyncio.sleep(pause)
+    return read_answer(reply)
 
 
-def collect(questions: list[dict], path: Path, answer: Callable[[dict], Answer],
-            concurrency: int) -> dict[str, str]:
-    """Append an answer to every question to `path`. Returns {id: reason} of those that failed.
+def _retry_after(error: Exception) -> float:
+    try:
+        return min(60.0, max(0.0, float(error.response.headers["retry-after"])))
+    except (AttributeError, LookupError, ValueError):  # no reply, no such header, or a date
+        return 0.0
 
-    Raises InputError at the first error that all questions share.
+
+def read_answer(reply: str) -> Answer:
+    """The answer in the JSON of a chat completion. Raises InputError, with the reason, without one."""
+    data = reply.encode()
+    if len(data) > ROW_BYTES // 2:  # the row of demos.jsonl holds the question too
+        raise InputError(f"the reply has {len(data):,} bytes, more than {ROW_BYTES // 2:,}")
+    try:
+        choice = parse_json(data, "the reply")["choices"][0]
+        text, reason = choice["message"]["content"], choice.get("finish_reason") or "stop"
+    except (LookupError, TypeError):
+        raise InputError(f"not a chat completion: {reply}") from None
+    if not isinstance(text, str) or not isinstance(reason, str) or reason == "content_filter":
+        raise InputError(f"no answer in {json.dumps(choice)}")
+    return text, reason
+
+
+async def collect(client: Any, cfg: DemosConfig, questions: list[dict], path: Path) -> dict[str, str]:
+    """Append an answer or a rejection for every question to `path`; return {id: error} of the others.
+
+    A requested shutdown ends it at once. Raises InputError at an error that all questions share.
     """
     failed: dict[str, str] = {}
-    pool = ThreadPoolExecutor(concurrency)
-    futures = {pool.submit(answer, row): row["id"] for row in questions}
-    try:
+    todo, asked, describe = deque(questions), itertools.count(1), one_line(cfg)
+
+    async def work() -> None:
+        while todo:
+            row = todo.popleft()
+            answer = {"id": row["id"], "completion": "", "finish_reason": "rejected"}
+            try:
+                answer["completion"], answer["finish_reason"] = await ask(client, cfg, row)
+            except Exception as error:
+                answer["error"], status = describe(error), getattr(error, "status_code", None)
+                if status in REFUSED:
+                    raise InputError(f"the server refuses: {answer['error']}") from None
+                if status not in REJECTED and not isinstance(error, InputError):
+                    failed[row["id"]] = answer["error"]
+            if row["id"] not in failed:
+                handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                handle.flush()
+            if (number := next(asked)) % 100 == 0:
+                print(f"{number:,} of {len(questions):,} asked, {len(failed):,} failed", flush=True)
+
+    async with client:
         with open(path, "a", encoding="utf-8") as handle:
-            for number, future in enumerate(as_completed(futures), 1):
-                text, reason, problem = "", "rejected", None
-                try:
-                    text, reason = future.result()
-                except Exception as error:
-                    status, problem = getattr(error, "status_code", None), _line(error)
-                    if status in REFUSED:
-                        raise InputError(f"the server refuses: {problem}") from None
-                    if status in REJECTED:
-                        problem = None
-                if problem:
-                    failed[futures[future]] = problem
-                else:
-                    row = {"id": futures[future], "completion": text, "finish_reason": reason}
-                    handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    handle.flush()
-                if number % 100 == 0:
-                    print(f"{number:,} of {len(questions):,} asked, {len(failed):,} failed",
-                          flush=True)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            workers = pending = [asyncio.create_task(work()) for _ in questions[: cfg.concurrency]]
+            try:
+                while pending and not shutdown.requested():
+                    done, pending = await asyncio.wait(pending, timeout=0.2,
+                                                       return_when=asyncio.FIRST_EXCEPTION)
+                    for worker in done:
+                        worker.result()
+            finally:
+                todo.clear()
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
     return failed
 
 
 def main(cfg: DemosConfig, client: Any = None) -> None:
-    started = time.time()
+    recorded = cfg.base_url and CREDENTIALS.sub("//", cfg.base_url)
+    run = Run("demos", dataclasses.replace(cfg, base_url=recorded))
     questions: dict[str, dict] = {}
     for file in cfg.train_file:
         for row in read_questions(file)[: cfg.limit]:
@@ -137,41 +233,64 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
                 raise InputError(f"{file}: duplicate id {row['id']!r}, also in another file")
             questions[row["id"]] = row
     client = client or connect(cfg)
-    claim_output_dir(cfg.output_dir, "demos", cfg)
+    run.claim()
 
-    path = Path(cfg.output_dir) / "answers.jsonl"
+    path, demos_path = run.output_dir / "answers.jsonl", run.output_dir / "demos.jsonl"
     cut_torn_line(path)
     answers = read_answers(path)
-    missing = [row for key, row in questions.items() if key not in answers]
+    if demos_path.exists():
+        # Ours if run.json has its hash, or if the run was killed between writing the two.
+        ours = read_run(run.output_dir).get("outputs", {}).get("demos.jsonl")
+        expected, _ = make_demos(questions, answers, cfg.model)
+        if sha256(demos_path) != ours and read_jsonl(demos_path) != expected:
+            raise InputError(f"{demos_path} was changed since, or never written by this run; move it "
+                             "away, or choose another --output_dir")
+    missing = [row for key, row in questions.items() if _rejected(answers.get(key))]
     print(f"{len(questions):,} questions, {len(questions) - len(missing):,} answered before")
-    failed = collect(missing, path, lambda row: ask(client, cfg, row), cfg.concurrency)
+    failed = asyncio.run(collect(client, cfg, missing, path))
+    if shutdown.requested():
+        raise Stopped(f"stopped: {path} has the answers so far; the same command asks the rest")
     if failed:
-        raise InputError(f"{len(failed):,} of {len(questions):,} questions have no answer, the "
-                         f"first because of: {next(iter(failed.values()))}; "
-                         "the same command asks them again")
+        raise Failed(f"{len(failed):,} of {len(questions):,} questions have no answer, the "
+                     f"first because of: {next(iter(failed.values()))}; "
+                     "the same command asks them again")
 
-    demos, counts = make_demos(list(questions.values()), read_answers(path), cfg.model)
+    answers = read_answers(path)
+    demos, counts = make_demos(questions, answers, cfg.model)
+    reasons = Counter(answers[key].get("error") for key in questions if _rejected(answers[key]))
+    for reason, number in reasons.most_common(5):
+        print(f"{number:,} rejected, to be asked again by the same command: {reason}")
     if not demos:
         raise InputError(f"no usable answer: {counts}")
-    write_jsonl(Path(cfg.output_dir) / "demos.jsonl", demos)
+    write_jsonl(demos_path, demos)
     right = sum(grade(row["completion"], row).correct for row in demos)
     print(counts, f"right answers: {right:,} of {len(demos):,}", sep="\n")
-    write_run(cfg.output_dir, "demos", cfg, [counts], started, right=right)
+    run.counts.append(counts)
+    run.finish(["demos.jsonl"], right=right)
 
 
 def read_answers(path: Path) -> dict[str, dict]:
-    """{question id: row} of answers.jsonl."""
-    return {row["id"]: row for row in read_jsonl(path)} if has_rows(path) else {}
+    """{question id: its last row} of answers.jsonl."""
+    rows = read_lines(path) if has_rows(path) else []
+    for where, row in rows:
+        for key in ("id", "completion", "finish_reason"):
+            require(row, key, str, where)
+    return {row["id"]: row for _, row in rows}
 
 
-def make_demos(questions: list[dict], answers: dict[str, dict],
+def _rejected(answer: dict | None) -> bool:
+    """Whether a question has no answer yet, or a rejected one."""
+    return answer is None or answer["finish_reason"] == "rejected"
+
+
+def make_demos(questions: dict[str, dict], answers: dict[str, dict],
                teacher: str) -> tuple[list[dict], Counts]:
     """Demonstrations in the order of the questions. Cut, empty and rejected answers are dropped."""
     demos, counts = [], Counts("answers")
-    for row in questions:
-        answer = answers[row["id"]]
-        if answer["finish_reason"] == "rejected":
-            counts.drop("rejected by the server")
+    for key, row in questions.items():
+        answer = answers.get(key)
+        if _rejected(answer):
+            counts.drop("rejected")
         elif not answer["completion"].strip():
             counts.drop("empty")
         elif answer["finish_reason"] == "length":
@@ -180,7 +299,3 @@ def make_demos(questions: list[dict], answers: dict[str, dict],
             counts.use()
             demos.append({**row, "teacher": teacher, "completion": answer["completion"].strip()})
     return demos, counts
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

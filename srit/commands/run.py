@@ -1,12 +1,16 @@
 """`srit run`: run the stages of a recipe, each in its own process. Finished stages are skipped."""
 
 import dataclasses
+import itertools
+import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,7 +20,9 @@ from srit.launch import parse, to_flags
 from srit.recipe import KINDS, Stage, read_recipe, stages
 from srit.runtime import shutdown
 from srit.runtime.files import InputError, atomic_write
-from srit.runtime.run_dir import config_difference, read_run
+from srit.runtime.lock import lock
+from srit.runtime.outcome import STOPPED, Stopped
+from srit.runtime.run_dir import changed_input, config_difference, read_run
 from srit.runtime.table import table
 
 
@@ -37,27 +43,49 @@ class RunConfig:
 
 
 def is_finished(stage: Stage) -> bool:
-    """Whether the stage's directory holds this stage, finished. Another stage: InputError."""
+    """Whether the stage's directory holds this stage, finished, for the inputs that are there now.
+
+    A stage that was run on other inputs is moved to stale/ beside it, finished or not. Raises
+    InputError for another stage or other settings.
+    """
     run = read_run(stage.output_dir)
     if run is None:
         return False
     if run["stage"] != stage.kind:
         raise InputError(f"{stage.output_dir} holds a run of stage '{run['stage']}'; choose another "
                          "output_dir")
-    wanted = dataclasses.asdict(parse(KINDS[stage.kind], stage.kind, to_flags(stage.values)))
+    wanted = dataclasses.asdict(stage_config(stage))
     if difference := config_difference(run["config"], wanted):
         raise InputError(f"{stage.output_dir} holds another run: {difference}; choose another "
                          "output_dir, or remove that directory")
+    if changed := changed_input(run):
+        held = lock(stage.output_dir)
+        number = itertools.count(1)
+        stale = stage.output_dir.parent / "stale"
+        aside = next(path for n in number if not (path := stale / f"{stage.name}-{n}").exists())
+        stale.mkdir(exist_ok=True)
+        stage.output_dir.rename(aside)
+        held.close()
+        print(f"{stage.output_dir}: {changed}; moved to {aside}, and run again", flush=True)
+        return False
     steps = ("max_steps", "num_train_epochs")
     same_length = all(run["config"].get(k) == wanted.get(k) for k in steps)
     return run["finished"] and same_length
 
 
+def stage_config(stage: Stage) -> Any:
+    """The stage's settings, parsed as its command line would be. Raises InputError."""
+    return parse(KINDS[stage.kind], stage.kind, to_flags(stage.values))
+
+
 def run_stage(stage: Stage) -> None:
     """Run one stage. If it fails, exit with its status; if it was stopped, raise Stopped."""
-    command = [sys.executable, "-m", f"srit.train.{stage.kind}", *to_flags(stage.values)]
+    # As a file: `python -m` would import modules from the working directory first.
+    script = Path(find_spec("srit.train").submodule_search_locations[0]) / f"{stage.kind}.py"
     # In its own session, so that Ctrl-C reaches only this process, which forwards it once.
-    child = subprocess.Popen(command, start_new_session=True)
+    child = subprocess.Popen([sys.executable, str(script), *to_flags(stage.values)],
+                             start_new_session=True,
+                             env={**os.environ, shutdown.PARENT: str(os.getpid())})
     forwarded = False
     try:
         while (status := _wait(child)) is None:
@@ -67,10 +95,10 @@ def run_stage(stage: Stage) -> None:
     finally:
         child.terminate()  # if this process is interrupted; does nothing after the child's exit
     # A child that had not installed its handler yet dies of the signal.
-    if status and not (forwarded and status == -signal.SIGTERM):
-        sys.exit(status)
-    if not is_finished(stage):
-        raise shutdown.Stopped("the run stopped; the same command goes on from there")
+    if status == STOPPED or (forwarded and status == -signal.SIGTERM):
+        raise Stopped("the run stopped; the same command goes on from there")
+    if status:
+        sys.exit(status if status > 0 else 128 - status)
 
 
 def _wait(child: subprocess.Popen) -> int | None:
@@ -86,7 +114,10 @@ def main(cfg: RunConfig) -> None:
         if getattr(cfg, key) is not None:
             recipe[key] = getattr(cfg, key)
     plan = stages(recipe)
+    for stage in plan:
+        stage_config(stage)
     root = Path(recipe["output_dir"])
+    held = lock(root)
     with atomic_write(root / "recipe.yaml") as handle:
         yaml.safe_dump(recipe, handle, sort_keys=False)
     for number, stage in enumerate(plan, 1):
@@ -95,7 +126,7 @@ def main(cfg: RunConfig) -> None:
             print(f"{mark}: finished before", flush=True)
             continue
         if shutdown.requested():
-            raise shutdown.Stopped("the run stopped between two stages; the same command goes on")
+            raise Stopped("the run stopped between two stages; the same command goes on")
         print(mark, flush=True)
         started = time.time()
         run_stage(stage)
@@ -103,6 +134,7 @@ def main(cfg: RunConfig) -> None:
     html = write_report([root])
     print(accuracy_table(root))
     print(f"report: {html}")
+    held.close()
 
 
 def accuracy_table(root: Path) -> str:

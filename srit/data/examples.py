@@ -8,21 +8,28 @@ from srit.data.questions import check_question
 from srit.grading.answers import grade
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, read_lines, require
-from srit.text.prompts import Rendered, question_messages, render, render_conversation
+from srit.text.prompts import (
+    EmptyCompletion,
+    Rendered,
+    question_messages,
+    render,
+    render_conversation,
+)
 from srit.text.tokenizer import Tokenizer
 
 
 def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
-             prompt_style: Sequence[str], filter_demos: bool) -> tuple[list[Example], Counts]:
+             prompt_style: Sequence[str], filter_demos: bool,
+             parse_special_tokens: bool = True) -> tuple[list[Example], Counts]:
     """SFT examples from demonstrations, or from TRL rows (`prompt`/`completion`, or `messages`).
 
-    Demonstrations with a wrong final answer (`filter_demos`) and rows longer than `max_length` are
-    dropped and counted. Raises InputError for a malformed row, naming file and line, and when nothing
-    is left.
+    Demonstrations with a wrong final answer (`filter_demos`), rows with an empty answer and rows longer
+    than `max_length` are dropped and counted. Raises InputError for a malformed row, naming file and
+    line, and when nothing is left. parse_special_tokens: see `render`.
     """
     examples, counts = [], Counts("demonstrations")
     for file in files:
-        for where, row in read_lines(file):
+        for where, row in read_lines(file, counts):
             if "messages" in row:
                 rendered = [_at(where, render_conversation, tokenizer, row["messages"])]
             elif "question" in row:
@@ -46,7 +53,11 @@ def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
                 if _is_empty(row["completion"]):
                     counts.drop("empty completion")
                     continue
-                rendered = [_at(where, render, tokenizer, row["prompt"], row["completion"])]
+                rendered = [_at(where, render, tokenizer, row["prompt"], row["completion"],
+                                parse_special_tokens)]
+            if not all(rendered):
+                counts.drop("empty completion")
+                continue
             if any(len(r.ids) > max_length for r in rendered):
                 counts.drop(f"longer than max_length {max_length}")
                 continue
@@ -61,16 +72,16 @@ def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
 
 
 def read_pairs(files: Sequence[str], tokenizer: Tokenizer,
-               max_length: int) -> tuple[list[Pair], Counts]:
+               max_length: int, parse_special_tokens: bool = True) -> tuple[list[Pair], Counts]:
     """Preference pairs: `prompt`, `chosen`, `rejected`, each a string or a message list.
 
     Without `prompt`, chosen and rejected are conversations that share their first messages. A pair is
     dropped and counted when a side is empty, both are the same, or one is longer than `max_length`:
-    a truncated answer would be trained as if it were complete.
+    a truncated answer would be trained as if it were complete. parse_special_tokens: see `render`.
     """
     pairs, counts = [], Counts("pairs")
     for file in files:
-        for where, row in read_lines(file):
+        for where, row in read_lines(file, counts):
             for key in ("chosen", "rejected"):
                 if key not in row:
                     raise InputError(f"{where}: the row has no field '{key}'")
@@ -78,9 +89,11 @@ def read_pairs(files: Sequence[str], tokenizer: Tokenizer,
             if _is_empty(chosen) or _is_empty(rejected):
                 counts.drop("empty completion")
                 continue
-            a = _at(where, render, tokenizer, prompt, chosen)
-            b = _at(where, render, tokenizer, prompt, rejected)
-            if len(a.ids) - sum(a.mask) >= max_length:
+            a = _at(where, render, tokenizer, prompt, chosen, parse_special_tokens)
+            b = _at(where, render, tokenizer, prompt, rejected, parse_special_tokens)
+            if a is None or b is None:
+                counts.drop("empty completion")
+            elif len(a.ids) - sum(a.mask) >= max_length:
                 counts.drop(f"prompt longer than max_length {max_length}")
             elif max(len(a.ids), len(b.ids)) > max_length:
                 counts.drop(f"completion beyond max_length {max_length}")
@@ -113,9 +126,11 @@ def _is_empty(completion: object) -> bool:
     return not (completion.strip() if isinstance(completion, str) else completion)
 
 
-def _at(where: str, function: Callable[..., Rendered], *arguments: Any) -> Rendered:
-    """function(*arguments); an InputError gets the row's place in front."""
+def _at(where: str, function: Callable[..., Rendered], *arguments: Any) -> Rendered | None:
+    """function(*arguments), None for an empty answer. An InputError gets the row's place in front."""
     try:
         return function(*arguments)
+    except EmptyCompletion:
+        return None
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_lines, require
+from srit.runtime.limits import CHOICES, check
 
 TASKS = ("math", "choice")
 
@@ -18,6 +19,10 @@ def check_question(row: dict, where: str) -> dict:
         raise InputError(f"{where}: field 'question' is empty")
     if row["task"] == "choice":
         require(row, "choices", dict, where)
+        for label, text in row["choices"].items():
+            check(isinstance(text, str), where, f"choice {label!r:.20}", text, "a string")
+        check(len(row["choices"]) <= CHOICES, where, "choices", len(row["choices"]),
+              f"{CHOICES} at most")
         if row["answer"] not in row["choices"]:
             raise InputError(
                 f"{where}: answer {row['answer']!r} is not one of the choices {list(row['choices'])}"

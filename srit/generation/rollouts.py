@@ -25,6 +25,7 @@ from srit.models.load import resolve
 from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, cut_torn_line, has_rows, read_jsonl, write_jsonl
+from srit.runtime.outcome import Stopped
 from srit.text.prompts import question_messages, render
 from srit.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -47,26 +48,30 @@ class Prompt:
 
 
 def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokenizer,
-                 limit: int | None) -> list[Prompt]:
-    """The questions of all files, each in all styles. Raises InputError for a duplicate id."""
+                 limit: int | None, one_id_space: bool = False) -> list[Prompt]:
+    """The questions of all files, each in all styles. Raises InputError for a duplicate id.
+
+    one_id_space: also when the two belong to different data sets. Pairs are found by id alone.
+    """
     prompts, seen = [], {}
     for file in files:
         dataset = dataset_name(file)
         for row in read_questions(file)[:limit]:
-            if (dataset, row["id"]) in seen:
+            key = None if one_id_space else dataset, row["id"]
+            if key in seen:
                 raise InputError(f"{file}: duplicate id {row['id']!r} in data set '{dataset}', first "
-                                 f"seen in {seen[dataset, row['id']]}")
-            seen[dataset, row["id"]] = file
+                                 f"seen in {seen[key]}; make the ids different")
+            seen[key] = file
             for style in styles:
                 rendered = render(tokenizer, question_messages(row, style))
                 prompts.append(Prompt(row, file, dataset, style, tuple(rendered.ids), rendered.text))
     return prompts
 
 
-def load_for_generation(cfg: GenerateConfig,
-                        device: torch.device) -> tuple[Decoder | VLLM, Tokenizer]:
+def load_for_generation(cfg: GenerateConfig, device: torch.device,
+                        today: str) -> tuple[Decoder | VLLM, Tokenizer]:
     """The model in cfg.dtype with its weights packed for inference, and its tokenizer."""
-    tokenizer = load_tokenizer(cfg.model_name_or_path)
+    tokenizer = load_tokenizer(cfg.model_name_or_path, today)
     if cfg.engine == "vllm":
         if distributed.world_size() > 1:
             raise InputError("--engine vllm: run one process, without torchrun")
@@ -142,7 +147,7 @@ def generate_rollouts(model: Decoder | VLLM, tokenizer: Tokenizer, prompts: Sequ
     progress.close()
     distributed.barrier()
     if distributed.any_rank(shutdown.requested()):
-        raise shutdown.Stopped(f"stopped: {path} has the rows so far; the same command goes on from "
+        raise Stopped(f"stopped: {path} has the rows so far; the same command goes on from "
                                "there")
     rows = {_key(row): row for row in _read_all_ranks(path)}
     rows = [rows[key] for key in wanted]

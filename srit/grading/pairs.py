@@ -71,13 +71,15 @@ def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "p
         demos: teacher demonstrations of the same questions; wrong ones are ignored.
         pair_prompt: prompt style of the pair's prompt.
         selection: which possible pairs to keep: `uniform`, or `closest_length` (in characters).
-    Raises InputError for an unknown policy, or if one sample has two different texts.
+    Raises InputError for an unknown policy, if one sample has two different texts, and if one id
+    stands for two questions.
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r}: must be one of {', '.join(POLICIES)}")
     questions, own, sample_counts = _usable(samples)
     teacher: dict[str, list[Candidate]] = defaultdict(list)
     for row in demos:
+        _check_same_question(questions.get(row["id"], row), row)
         found = grade(row["completion"], row)
         if found.correct:
             teacher[row["id"]].append(Candidate(row["completion"].strip(), "cot", "teacher", None,
@@ -109,7 +111,7 @@ def _usable(samples: Sequence[dict]) -> tuple[dict, dict, Counts]:
         if seen.setdefault(key, row["text"]) != row["text"]:
             raise InputError(f"two different texts for question {key[0]!r}, style {key[1]}, sample "
                              f"{key[2]}: do the files come from different runs?")
-        questions[row["id"]] = row
+        _check_same_question(questions.setdefault(row["id"], row), row)
         distinct = row["id"], " ".join(row["text"].split())
         if not row["finished"]:
             counts.drop("cut off at max_new_tokens")
@@ -123,6 +125,12 @@ def _usable(samples: Sequence[dict]) -> tuple[dict, dict, Counts]:
             own[row["id"]].append(Candidate(row["text"].strip(), row["prompt_style"], "self",
                                             row["sample"], row["extracted"], row["correct"]))
     return questions, own, counts
+
+
+def _check_same_question(first: dict, row: dict) -> None:
+    if (first["question"], first["answer"]) != (row["question"], row["answer"]):
+        raise InputError(f"id {row['id']!r} stands for two questions, {first['question']!r:.80} and "
+                         f"{row['question']!r:.80}: do the files come from different data sets?")
 
 
 def _select(possible: list[tuple[Candidate, Candidate]], selection: str, most: int,

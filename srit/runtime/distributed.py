@@ -1,5 +1,6 @@
 """Process group and collectives. Without torchrun there is one rank and every call is a no-op."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -12,6 +13,7 @@ from torch import Tensor
 from srit.runtime.files import InputError
 
 Item = TypeVar("Item")
+_timeout: timedelta | None = None  # of every collective, as --ddp_timeout says
 
 
 def setup(device: str, timeout: float = 86400) -> torch.device:
@@ -27,8 +29,10 @@ def setup(device: str, timeout: float = 86400) -> torch.device:
         raise InputError("--device cuda: torch sees no GPU; use --device cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "RANK" in os.environ and not dist.is_initialized():
+        global _timeout
+        _timeout = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=_timeout)
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -62,7 +66,7 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
 
 def cpu_group() -> dist.ProcessGroup | None:
     """A second group of all ranks, for a thread that communicates while training does."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return dist.new_group(backend="gloo", timeout=_timeout) if dist.is_initialized() else None
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
@@ -79,7 +83,20 @@ def any_rank(flag: bool) -> bool:
 
 def from_rank_0(value: int) -> int:
     """Rank 0's value, on every rank."""
-    return int(all_reduce_sum(torch.tensor(value if rank() == 0 else 0)))
+    return int(all_reduce_sum(torch.tensor(int(value) if rank() == 0 else 0)))
+
+
+def require_same(text: str, what: str) -> None:
+    """Raise InputError on every rank unless `text` is the same on all."""
+    if not dist.is_initialized():
+        return
+    own = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    everyone = torch.zeros(world_size(), dtype=torch.int64)
+    everyone[rank()] = own
+    different = (all_reduce_sum(everyone) != everyone[rank()]).nonzero()[:, 0].tolist()
+    if different:
+        raise InputError(f"rank {rank()} has other {what} than ranks {different}; all ranks must see "
+                         "the same files and get the same flags")
 
 
 def pad_to_longest_rank(own: Sequence[Item], filler: Item) -> list[tuple[Item, float]]:

@@ -1,5 +1,6 @@
 """InputError, the error a user can fix, and atomic writes of files and directories."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -11,6 +12,15 @@ from typing import IO
 
 class InputError(Exception):
     """Bad flag, file or checkpoint. The command line shows the message without a traceback."""
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

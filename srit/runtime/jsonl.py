@@ -1,33 +1,42 @@
 """Read and write JSON Lines with every row checked, and count what each stage used and dropped."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 
 from srit.runtime.files import InputError, atomic_write
+from srit.runtime.limits import ROW_BYTES, parse_json
 
 
-def read_lines(path: str | Path) -> list[tuple[str, dict]]:
-    """(place, row) of every row, where place is "file:line". Raises InputError naming the place."""
+def read_lines(path: str | Path, counts: "Counts | None" = None) -> list[tuple[str, dict]]:
+    """(place, row) of every row, where place is "file:line". Raises InputError naming the place.
+
+    A row of more than ROW_BYTES, of which no more is held in memory, is dropped if there are `counts`.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    rows = []
+    rows, too_long = [], f"longer than {ROW_BYTES:,} bytes"
     with open(path, "rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: expected an object, got {type(row).__name__}")
-            rows.append((f"{path}:{number}", row))
-    if not rows:
+        for number in itertools.count(1):
+            line = handle.readline(ROW_BYTES + 1)
+            if not line:
+                break
+            if len(line) > ROW_BYTES:
+                if counts is None:
+                    raise InputError(f"{path}:{number}: the row is {too_long}")
+                counts.drop(too_long)
+                while line and not line.endswith(b"\n"):
+                    line = handle.readline(ROW_BYTES)
+            elif line.strip():
+                row = parse_json(line, f"{path}:{number}")
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}:{number}: expected an object, got {type(row).__name__}")
+                rows.append((f"{path}:{number}", row))
+    if not rows and not (counts and counts.dropped):
         raise InputError(f"{path}: no rows")
     return rows
 
@@ -56,14 +65,13 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def require(row: dict, key: str, kind: type, where: str) -> None:
-    """Raise InputError unless the row has this field with this type."""
+def require(row: dict, key: str, kind: type | UnionType, where: str) -> None:
+    """Raise InputError unless the row has this field with this type; a bool is no int."""
     if key not in row:
         raise InputError(f"{where}: the row has no field '{key}' (it has {sorted(row)})")
-    if not isinstance(row[key], kind):
-        raise InputError(
-            f"{where}: field '{key}' must be {kind.__name__}, got {type(row[key]).__name__}"
-        )
+    if not isinstance(row[key], kind) or (kind is int and isinstance(row[key], bool)):
+        wanted = kind.__name__ if isinstance(kind, type) else kind
+        raise InputError(f"{where}: field '{key}' must be {wanted}, got {type(row[key]).__name__}")
 
 
 class Counts:

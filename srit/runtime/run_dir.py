@@ -1,4 +1,8 @@
-"""run.json: the stage, settings, versions and state of an output directory."""
+"""A run's output directory: locked, claimed, and described by run.json with the hashes of its inputs.
+
+A run is resumed, and a finished one counts as finished, only for the same settings and the same
+inputs: SHA-256 of every file that it reads. Its outputs' hashes are recorded too.
+"""
 
 import dataclasses
 import json
@@ -6,25 +10,137 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable, Sequence
+from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from srit.runtime.files import InputError, atomic_write, remove
+import srit
+from srit.runtime import distributed
+from srit.runtime.files import InputError, atomic_write, remove, sha256
 from srit.runtime.jsonl import Counts
+from srit.runtime.lock import LOCK, lock
 
 # Settings that may change when a run resumes: what it has computed so far stays valid.
 CHANGEABLE = {
     "output_dir", "device", "overwrite_output_dir", "resume_from_checkpoint", "max_steps",
     "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "per_device_eval_batch_size", "per_device_batch_size", "max_time", "max_skipped_steps",
-    "async_save", "parallel", "ddp_timeout", "max_cache_memory",
+    "async_save", "parallel", "ddp_timeout", "max_cache_memory", "concurrency", "timeout",
+    "max_retries",
 }
-# These may change too, if their product with the number of ranks stays; checkpoint.py checks that.
+# These may change too, if their product with the number of ranks stays; training/saving.py checks that.
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 ARTEFACTS = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json", "samples.jsonl",
-             "pairs.jsonl", "results.json")
+             "pairs.jsonl", "results.json", "demos.jsonl", "answers.jsonl")
+OTHER = "choose another --output_dir or use --overwrite_output_dir True"
+
+
+class Run:
+    """One run of a stage. Every rank makes one; only rank 0 writes.
+
+    `check` refuses another run's directory before anything is loaded. `claim` comes after the inputs
+    were read and checked: from then on the directory is this run's, and nobody else's.
+    """
+
+    def __init__(self, stage: str, cfg: Any) -> None:
+        self.stage, self.cfg, self.started = stage, cfg, time.time()
+        self.output_dir = Path(cfg.output_dir)
+        self.device = torch.device("cpu")
+        if hasattr(cfg, "device"):
+            timeout = cfg.ddp_timeout if hasattr(cfg, "ddp_timeout") else 86400
+            self.device = distributed.setup(cfg.device, timeout)
+        today = distributed.from_rank_0(date.today().toordinal())
+        self.date = date.fromordinal(today).isoformat()
+        self.inputs: dict[str, str] = {}
+        self.counts: list[Counts] = []
+        self.check()
+
+    def check(self) -> dict | None:
+        """run.json of the same run, if there is one. Raises InputError if there is another run's."""
+        run = read_run(self.output_dir)
+        if run is not None and self.cfg.overwrite_output_dir:
+            return None
+        if run is None:
+            for name in ARTEFACTS:
+                if (self.output_dir / name).exists():
+                    raise InputError(f"{self.output_dir} holds {name} but no run.json, so srit did not "
+                                     "finish writing it or did not write it at all; choose another "
+                                     "--output_dir, or move that file away")
+            return None
+        if run["stage"] != self.stage:
+            raise InputError(f"{self.output_dir} already holds a run of stage '{run['stage']}'; "
+                             f"{OTHER}")
+        settings = dataclasses.asdict(self.cfg)
+        if difference := config_difference(run["config"], settings, CHANGEABLE | BATCH):
+            raise InputError(f"{self.output_dir} already holds another run: {difference}; {OTHER}")
+        self.date = run["date"]
+        return run
+
+    def claim(self, model_files: Iterable[Path] = ()) -> None:
+        """Lock the directory and mark it as this run's, for exactly these inputs.
+
+        Inputs are `model_files` and every file that a setting named *_file lists. Raises InputError
+        if another process holds the lock, if the inputs are not those that the run began with, or
+        if ranks see different inputs; also for an input inside the directory.
+        """
+        files = [Path(file) for field in dataclasses.fields(self.cfg) if field.name.endswith("_file")
+                 for file in getattr(self.cfg, field.name)]
+        files += model_files
+        self.inputs = hash_files(files)
+        distributed.require_same(f"{self.inputs} {list(map(str, self.counts))}", "input files or rows")
+        if distributed.rank() == 0:
+            for file in files:
+                if file.resolve().is_relative_to(self.output_dir.resolve()):
+                    raise InputError(f"{file} is an input and lies in --output_dir {self.output_dir}, "
+                                     "which this run would write to; choose another --output_dir")
+            self.lock = lock(self.output_dir)
+            self._claim()
+        distributed.barrier()
+
+    def _claim(self) -> None:
+        run = self.check()
+        if run is None and (self.output_dir / "run.json").is_file():  # overwrite_output_dir
+            for path in self.output_dir.iterdir():
+                if path.name != LOCK:
+                    remove(path)
+        if run is not None and (changed := changed_input(run, self.inputs)):
+            raise InputError(f"{self.output_dir} already holds a run of other inputs: {changed}; "
+                             f"{OTHER}")
+        # Delete temporary files of a killed run. Without a run here, only those that are surely ours.
+        for pattern in (".*.tmp", ".*.old") if run is not None else (".run.json.*.tmp",):
+            for stale in self.output_dir.glob(pattern):
+                remove(stale)
+        if run is None:
+            self._write({"finished": False})
+
+    def say(self, *lines: object) -> None:
+        """Print on rank 0."""
+        if distributed.rank() == 0:
+            print(*lines, sep="\n", flush=True)
+
+    def finish(self, outputs: Sequence[str], **results: Any) -> None:
+        """Mark the run as finished, with the hashes of its outputs, and leave the process group."""
+        if distributed.rank() == 0:
+            written = hash_files(self.output_dir / name for name in outputs)
+            self._write({"finished": True,
+                         "outputs": {Path(name).name: digest for name, digest in written.items()},
+                         "counts": {count.name: count.as_dict() for count in self.counts},
+                         "seconds": round(time.time() - self.started, 1), **results})
+            self.lock.close()
+        self.say(f"{self.output_dir}: {', '.join(outputs)}, run.json")
+        distributed.leave_process_group()
+
+    def _write(self, state: dict) -> None:
+        run = {"stage": self.stage, **state, "config": dataclasses.asdict(self.cfg), **describe(),
+               "parent": getattr(self.cfg, "model_name_or_path", None), "date": self.date,
+               "inputs": self.inputs}
+        with atomic_write(self.output_dir / "run.json") as handle:
+            json.dump(run, handle, indent=2)
+            handle.write("\n")
 
 
 def read_run(output_dir: str | Path) -> dict | None:
@@ -33,9 +149,12 @@ def read_run(output_dir: str | Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); delete the directory and run again") from None
+    if not isinstance(run, dict) or not {"stage", "finished", "config", "inputs", "date"} <= run.keys():
+        raise InputError(f"{path}: not a run.json of this version of srit; choose another directory")
+    return run
 
 
 def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -> str | None:
@@ -46,47 +165,53 @@ def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -
     return None
 
 
-def claim_output_dir(output_dir: str | Path, stage: str, cfg: Any) -> None:
-    """Mark `output_dir` as this run's. Raises InputError if it holds another run.
+def hash_files(files: Iterable[Path]) -> dict[str, str]:
+    """{path: SHA-256 of its content}, in order."""
+    return {str(file): _sha256(str(file), file.stat().st_mtime_ns, file.stat().st_size)
+            for file in files}
 
-    A run with the same stage and settings is resumed. With `cfg.overwrite_output_dir`, a directory
-    that holds a run is deleted first.
+
+@cache  # `srit run` asks for the same model again at every stage
+def _sha256(file: str, mtime: int, size: int) -> str:
+    return sha256(Path(file))
+
+
+def changed_input(run: dict, inputs: dict[str, str] | None = None) -> str | None:
+    """The first input of a recorded run that is not what it was, as text; None if there is none.
+
+    inputs: hashes of now; by default the recorded files are hashed.
     """
-    output_dir = Path(output_dir)
-    run = read_run(output_dir)
-    if run is not None and cfg.overwrite_output_dir:
-        shutil.rmtree(output_dir)
-        run = None
-    other = "choose another --output_dir or use --overwrite_output_dir True"
-    if run is None:
-        for name in ARTEFACTS:
-            if (output_dir / name).exists():
-                raise InputError(f"{output_dir} holds {name} but no run.json; {other}")
-    elif run["stage"] != stage:
-        raise InputError(f"{output_dir} already holds a run of stage '{run['stage']}'; {other}")
-    elif difference := config_difference(run["config"], dataclasses.asdict(cfg), CHANGEABLE | BATCH):
-        raise InputError(f"{output_dir} already holds another run: {difference}; {other}")
-    # Delete temporary files of a killed run. Without a run here, only those that are surely ours.
-    for pattern in (".*.tmp", ".*.old") if run is not None else (".run.json.*.tmp",):
-        for stale in output_dir.glob(pattern):
-            remove(stale)
-    if run is None:
-        _write(output_dir, {"stage": stage, "finished": False, **describe(cfg)})
+    if inputs is None:
+        missing = [file for file in run["inputs"] if not Path(file).is_file()]
+        if missing:
+            return f"{missing[0]} is gone"
+        inputs = hash_files(map(Path, run["inputs"]))
+    for file in [*inputs, *run["inputs"]]:
+        if inputs.get(file) != run["inputs"].get(file):
+            return f"{file} has changed" if file in inputs and file in run["inputs"] else \
+                f"{file} was {'not read' if file in inputs else 'read'} before"
+    return None
 
 
-def describe(cfg: Any = None) -> dict:
-    """Settings, versions and machine, as stored with every result."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here,
-                         capture_output=True, text=True, check=False)
+def describe() -> dict:
+    """Versions and machine, as stored with every result."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
-        "config": dataclasses.asdict(cfg) if cfg is not None else None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": git.stdout.strip() or None,
+        "versions": {"srit": srit.__version__, "python": platform.python_version(),
+                     "torch": torch.__version__},
+        "commit": _commit(),
         "machine": device,
-        "parent": getattr(cfg, "model_name_or_path", None),
     }
+
+
+def _commit() -> str | None:
+    """The commit of srit's own source tree; None for an installed package, or without git."""
+    tree = Path(srit.__file__).resolve().parent.parent
+    if not (tree / ".git").exists() or shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=tree,
+                         capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
 
 
 def _cpu_name() -> str:
@@ -96,18 +221,3 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.machine()
-
-
-def write_run(output_dir: str | Path, stage: str, cfg: Any, counts: list[Counts], started: float,
-              **extra: Any) -> None:
-    """Mark the run as finished. `started` is its time.time() at the start."""
-    run = {"stage": stage, "finished": True, **describe(cfg),
-           "counts": {count.name: count.as_dict() for count in counts},
-           "seconds": round(time.time() - started, 1), **extra}
-    _write(Path(output_dir), run)
-
-
-def _write(output_dir: Path, run: dict) -> None:
-    with atomic_write(output_dir / "run.json") as handle:
-        json.dump(run, handle, indent=2)
-        handle.write("\n")

@@ -1,9 +1,10 @@
-"""Graceful shutdown on SIGTERM, SIGINT or --max_time.
+"""Graceful shutdown on SIGTERM, SIGINT, SIGHUP (a lost terminal) or --max_time.
 
 After the first signal the loop finishes its step, saves, and says how to resume. A second signal exits
 at once.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -14,13 +15,11 @@ from types import FrameType
 
 # On Ctrl-C every rank gets SIGINT twice: from the terminal, and forwarded by torchrun.
 DUPLICATE_SECONDS = 1.0
+PARENT = "SRIT_PARENT_PROCESS"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _asked_at: float | None = None
 _deadline: float | None = None
-
-
-class Stopped(Exception):
-    """The run stopped early on request; the message says how to resume. Exit status 0."""
 
 
 def requested() -> bool:
@@ -39,12 +38,22 @@ def _ask(number: int, frame: FrameType | None) -> None:
               file=sys.stderr, flush=True)
 
 
+def end_with_parent() -> None:
+    """Get SIGTERM when the process named by PARENT dies: `srit run`, whose stage this process is."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # it died before the call
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def listening(max_time: float = 0.0) -> Iterator[None]:
     """Inside the block, `requested` turns true on a signal or after `max_time` minutes (0: never)."""
     global _asked_at, _deadline
     _asked_at, _deadline = None, time.monotonic() + 60 * max_time if max_time else None
-    before = {number: signal.signal(number, _ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _ask) for number in SIGNALS}
     try:
         yield
     finally:

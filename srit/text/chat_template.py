@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ _worker: subprocess.Popen | None = None
 _owner = 0  # pid that started the worker; a forked process must not use its parent's
 
 
-def render(template: str, variables: dict[str, Any]) -> str:
-    """Render a template. Raises InputError if it fails, or takes too much time or memory."""
+def render(template: str, variables: dict[str, Any], today: str | None = None) -> str:
+    """Render a template. Raises InputError if it fails, or takes too much time or memory.
+
+    today: the ISO date that its strftime_now shows; by default the real one.
+    """
     worker = _running()
-    request = json.dumps({"template": template, "variables": variables}) + "\n"
+    today = today or date.today().isoformat()
+    request = json.dumps({"template": template, "variables": variables, "today": today}) + "\n"
     try:
         worker.stdin.write(request.encode())
         worker.stdin.flush()

@@ -19,6 +19,8 @@ from tokenizers import (
 
 from srit.models.gguf_metadata import read_metadata
 from srit.runtime.files import InputError
+from srit.runtime.limits import GGUF_TOKEN_CHARACTERS, check, is_integer
+from srit.text.library_errors import library_errors
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -45,37 +47,57 @@ def read_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any], str | No
     prefix = "tokenizer.ggml."
     ggml = {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
     kind, architecture = ggml.get("model"), data.get("general.architecture")
-    if kind == "gpt2" and "merges" in ggml:
-        tokenizer = _byte_level(ggml, path)
-    elif kind == "llama" and architecture == "llama":
-        tokenizer = _sentencepiece(ggml)
-    else:
-        raise InputError(f"{path}: a tokenizer of model {kind!r} for architecture {architecture!r} "
-                         f"is not supported; {INSTEAD}")
-    tokens, types = ggml["tokens"], ggml.get("token_type", [])
-    for wanted, add in (((UNKNOWN, CONTROL), tokenizer.add_special_tokens),
-                        ((USER_DEFINED,), tokenizer.add_tokens)):
-        add([AddedToken(token, normalized=False)
-             for token, type_ in zip(tokens, types, strict=False) if type_ in wanted])
+    _check(ggml, str(path))
+    with library_errors(f"{path}: damaged tokenizer"):
+        if kind == "gpt2" and "merges" in ggml:
+            tokenizer = _byte_level(ggml, path)
+        elif kind == "llama" and architecture == "llama":
+            tokenizer = _sentencepiece(ggml)
+        else:
+            raise InputError(f"{path}: a tokenizer of model {kind!r} for architecture "
+                             f"{architecture!r} is not supported; {INSTEAD}")
+        tokens, types = ggml["tokens"], ggml.get("token_type", [])
+        for wanted, add in (((UNKNOWN, CONTROL), tokenizer.add_special_tokens),
+                            ((USER_DEFINED,), tokenizer.add_tokens)):
+            add([AddedToken(token, normalized=False)
+                 for token, type_ in zip(tokens, types, strict=False) if type_ in wanted])
     settings: dict[str, Any] = {
         f"{name}_token": tokens[ggml[key]]
         for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"),
                           ("unk", "unknown_token_id"), ("pad", "padding_token_id"))
-        if key in ggml}
+        if key in ggml}  # each an id of the vocabulary: see _check
     if length := data.get(f"{architecture}.context_length"):
         settings["model_max_length"] = length
     default = kind == "llama" or ggml.get("pre") in LLAMA3_NAMES  # llama.cpp's default
     bos = settings.get("bos_token")
     if bos is not None and ggml.get("add_bos_token", default):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        with library_errors(f"{path}: bos_token {bos!r:.80}"):
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))])
     stops = [ggml[key] for key in ("eot_token_id", "eom_token_id") if key in ggml]
     return tokenizer, settings, data.get("tokenizer.chat_template"), stops
 
 
+def _check(ggml: dict[str, Any], where: str) -> None:
+    tokens = ggml.get("tokens")
+    check(isinstance(tokens, list) and len(set(map(str, tokens))) == len(tokens) > 0
+          and all(isinstance(token, str) and len(token) <= GGUF_TOKEN_CHARACTERS for token in tokens),
+          where, "tokenizer.ggml.tokens", tokens,
+          f"different texts of {GGUF_TOKEN_CHARACTERS:,} characters at most")
+    for key, kind in (("merges", str), ("scores", float), ("token_type", int)):
+        values = ggml.get(key, [])
+        check(isinstance(values, list) and all(isinstance(value, kind) for value in values),
+              where, f"tokenizer.ggml.{key}", values, f"a list of {kind.__name__}")
+    check(all(merge.count(" ") == 1 for merge in ggml.get("merges", [])), where,
+          "tokenizer.ggml.merges", "a merge", "two pieces and a space between them")
+    for key in (key for key in ggml if key.endswith("_token_id")):
+        check(is_integer(ggml[key], 0, len(tokens) - 1), where, f"tokenizer.ggml.{key}", ggml[key],
+              f"an id of the vocabulary, from 0 to {len(tokens) - 1}")
+
+
 def _byte_level(ggml: dict[str, Any], path: Path) -> Tokenizer:
     name = ggml.get("pre", "default")
-    if name not in SPLITS:
+    if not isinstance(name, str) or name not in SPLITS:
         raise InputError(f"{path}: pre-tokenizer {name!r} is not supported; {INSTEAD}")
     tokenizer = Tokenizer(models.BPE(
         vocab={token: index for index, token in enumerate(ggml["tokens"])},

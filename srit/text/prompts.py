@@ -5,6 +5,7 @@ SFT, sampling, DPO and evaluation all use these functions, so all stages see the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from srit.runtime.files import InputError
 from srit.text.tokenizer import Tokenizer
@@ -18,9 +19,16 @@ INSTRUCTIONS = {
 COT = " Let's think step by step"
 
 
+class EmptyCompletion(InputError):
+    """An answer to train on has no text."""
+
+
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids, the mask of trained ones, and the prompt's `text` exactly as tokenized."""
+    """Token ids, the mask of trained ones, and the prompt's `text` as tokenized.
+
+    Only the ids tell a template's special token from the same characters in a message.
+    """
 
     ids: list[int]
     mask: list[bool]
@@ -44,7 +52,7 @@ def question_messages(row: dict, prompt_style: str) -> list[Message]:
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
-    """The prompt exactly as tokenized, including the BOS of the template or tokenizer."""
+    """The prompt as tokenized, including the BOS of the template or tokenizer."""
     if not isinstance(prompt, str):
         return tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True)
     if tokenizer.adds_bos and not prompt.startswith(tokenizer.bos_token):
@@ -53,25 +61,36 @@ def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
 
 
 def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
-           completion: str | Sequence[Message] | None = None) -> Rendered:
+           completion: str | Sequence[Message] | None = None,
+           parse_special_tokens: bool = True) -> Rendered:
     """Prompt and completion as ids, with the mask of trained tokens.
 
     Both are tokenized separately and concatenated, as in generation, so no token spans the boundary.
     The completion is trained, followed by exactly one end of turn (EOS for plain text). In a
     conversation, whitespace around the completion is stripped, because templates add their own; in
-    plain text it belongs to the completion. Raises InputError for an empty completion.
+    plain text it belongs to the completion. Raises EmptyCompletion, an InputError.
+
+    Special tokens written in a message are ordinary text: only the template makes control tokens. In
+    plain text they are control tokens, unless `parse_special_tokens` is off.
     """
     plain = isinstance(prompt, str)
+    if plain and parse_special_tokens:
+        mark = unmark = str
+        encode = tokenizer.encode
+    else:
+        mark, unmark, encode = tokenizer.mark, tokenizer.unmark, tokenizer.encode_marked
+    prompt = mark(prompt) if plain else _marked(tokenizer, prompt)
     text = prompt_text(tokenizer, prompt)
     if plain and text != prompt:  # some tokenizers treat the start of a text specially, even after BOS
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        ids = [tokenizer.bos_id, *encode(prompt)]
     else:
-        ids = tokenizer.encode(text)
+        ids = encode(text)
+    text = unmark(text)
     if completion is None:
         return Rendered(ids, [False] * len(ids), text)
     if not isinstance(completion, str):
         completion = _one_turn(completion)
-    answer = tokenizer.encode(_without_end(tokenizer, completion, plain))
+    answer = encode(mark(_without_end(tokenizer, completion, plain)))
     answer.append(tokenizer.eos_id if plain else tokenizer.turn_end_id)
     return Rendered(ids + answer, [False] * len(ids) + [True] * len(answer), text)
 
@@ -81,12 +100,12 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
 
     The mask relies on prefixes: the text before a turn, with the generation prompt, must be a prefix
     of the text that includes the turn. Raises InputError if the template violates this or does not end
-    turns, and for a conversation without an assistant turn.
+    turns, and for a conversation without an assistant turn; EmptyCompletion if one has no text.
     """
-    messages = [
+    messages = _marked(tokenizer, [
         {**m, "content": _without_end(tokenizer, m["content"])} if m["role"] == "assistant" else m
         for m in _messages(messages)
-    ]
+    ])
     end = tokenizer.backend.id_to_token(tokenizer.turn_end_id)
     ids: list[int] = []
     mask: list[bool] = []
@@ -104,14 +123,15 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
             raise InputError(f"the chat template does not end an assistant turn with {end!r}; "
                              "train on prompt/completion rows instead")
         # Encode after an end of turn: some tokenizers treat the start of a text specially.
-        prompt = tokenizer.encode((end if done else "") + before[len(done) :])[1 if done else 0 :]
-        trained = [*tokenizer.encode(answer), tokenizer.turn_end_id]
+        prompt = tokenizer.encode_marked((end if done else "") + before[len(done) :])
+        prompt = prompt[1 if done else 0 :]
+        trained = [*tokenizer.encode_marked(answer), tokenizer.turn_end_id]
         ids += prompt + trained
         mask += [False] * len(prompt) + [True] * len(trained)
         done = before + answer + end
     if not ids:
         raise InputError("the conversation has no assistant turn")
-    return Rendered(ids, mask, done)
+    return Rendered(ids, mask, tokenizer.unmark(done))
 
 
 def _without_end(tokenizer: Tokenizer, text: str, plain: bool = False) -> str:
@@ -126,7 +146,7 @@ def _without_end(tokenizer: Tokenizer, text: str, plain: bool = False) -> str:
             text = text.removesuffix(end)
         text = text if plain else text.strip()
     if not text.strip():
-        raise InputError("the completion is empty")
+        raise EmptyCompletion("the completion is empty")
     return text
 
 
@@ -142,6 +162,18 @@ def _messages(messages: Sequence[Message]) -> list[Message]:
         if not ok:
             raise InputError(f"a message needs the strings 'role' and 'content', got {message!r}")
     return messages
+
+
+def _marked(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Message]:
+    """The messages with every special token in any of their texts, also the roles, marked."""
+    def mark(value: Any) -> Any:
+        if isinstance(value, str):
+            return tokenizer.mark(value)
+        if isinstance(value, dict):
+            return {mark(key): mark(item) for key, item in value.items()}
+        return [mark(item) for item in value] if isinstance(value, list) else value
+
+    return [mark(message) for message in _messages(messages)]
 
 
 def _one_turn(completion: Sequence[Message]) -> str:

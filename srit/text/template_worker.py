@@ -34,7 +34,6 @@ def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
     environment.globals["raise_exception"] = _fail
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # Jinja's own tojson escapes HTML.
     environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
         value, ensure_ascii=ensure_ascii, **options)
@@ -43,7 +42,8 @@ def _compile(template: str) -> jinja2.Template:
 
 def answer(request: dict, max_characters: int) -> dict[str, str]:
     try:
-        text = _compile(request["template"]).render(request["variables"])
+        text = _compile(request["template"]).render(
+            request["variables"], strftime_now=datetime.fromisoformat(request["today"]).strftime)
     except jinja2.TemplateError as error:
         return {"error": f"chat template: {error}"}
     except MemoryError:

@@ -14,7 +14,6 @@ never half written; the checksums detect later damage.
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import threading
@@ -36,7 +35,8 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from srit.models import Decoder
 from srit.runtime import distributed
-from srit.runtime.files import InputError, atomic_write, fsync_tree, rename_over
+from srit.runtime.files import InputError, atomic_write, fsync_tree, rename_over, sha256
+from srit.runtime.outcome import Failed
 
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 
@@ -56,6 +56,7 @@ class TrainState:
     total_steps: int | None = None
     batch_size: int | None = None  # rows, pairs or bins of one optimizer step, on all ranks
     reference: str | None = None  # hash of the frozen reference's weights (DPO)
+    inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file that is read
     log: dict[str, Any] = field(default_factory=dict)  # what MetricsLog has not written yet
     format: int = FORMAT
 
@@ -93,7 +94,7 @@ class CheckpointWriter:
         """Write checkpoint-N, then delete the oldest ones beyond the limit.
 
         `write_files` adds the other files; it gets the directory on rank 0, None elsewhere. Raises
-        InputError when this checkpoint, or the one before, could not be written.
+        Failed when this checkpoint, or the one before, could not be written.
         """
         self.wait()
         temporary = self.output_dir / f".checkpoint-{state.step}.tmp"
@@ -114,14 +115,14 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written. Raises InputError when that failed."""
+        """Wait until the last checkpoint is written. Raises Failed when it could not be."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         if self.error is not None:
             error, self.error = self.error, None
-            raise InputError(f"{self.output_dir}: the checkpoint could not be written "
-                             f"({_reason(error)}); those before it are untouched")
+            raise Failed(f"{self.output_dir}: the checkpoint could not be written "
+                         f"({_reason(error)}); those before it are untouched")
 
     def _write(self, tensors: dict[str, Tensor], temporary: Path) -> None:
         try:
@@ -132,7 +133,7 @@ class CheckpointWriter:
             if distributed.rank() == 0:
                 own += sorted(path for path in temporary.iterdir()
                               if path.is_file() and not path.name.startswith(SUMS))
-            lines = "".join(f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in own)
+            lines = "".join(f"{sha256(path)}  {path.relative_to(temporary)}\n" for path in own)
             (temporary / f"{SUMS}.{distributed.rank()}").write_text(lines, encoding="utf-8")
             distributed.barrier(self.group)
             if distributed.rank() == 0:
@@ -217,24 +218,41 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
             if problem is None:
                 step = int(path.name[11:])
                 break
-            aside = path.with_name(f"damaged-{path.name}")
-            rename_over(path, aside)
-            print(f"{path}: {problem}; set aside as {aside.name}, looking for the one before")
+            set_aside(path, f"{problem}; looking for the one before")
     step = distributed.from_rank_0(step)
     return None if step < 0 else output_dir / f"checkpoint-{step}"
 
 
+def set_aside(path: Path, reason: str, why: str = "damaged") -> None:
+    """Rename a checkpoint or best-N/ so that nothing uses it, and say so. Nothing is deleted."""
+    aside = path.with_name(f"{why}-{path.name}")
+    if path.is_dir():
+        rename_over(path, aside)
+        reason = f"set aside as {aside.name}: {reason}"
+    print(f"{path}: {reason}", flush=True)
+
+
+def write_checksums(directory: Path) -> None:
+    """SHA256SUMS of all files of a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    lines = "".join(f"{sha256(path)}  {path.relative_to(directory)}\n" for path in files)
+    (directory / SUMS).write_text(lines, encoding="utf-8")
+
+
 def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint; None when every file matches its checksum."""
+    """What is wrong with a directory; None when it has checksums of all its files, and all match."""
     try:
         lines = (directory / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        listed = set()
         for line in lines:
             digest, _, name = line.partition("  ")
-            if _sha256(directory / name) != digest:
+            listed.add(directory / name)
+            if sha256(directory / name) != digest:
                 return f"{name} is damaged (its SHA-256 is another)"
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, a null in a name
         return f"incomplete or unreadable ({error})"
-    return None if any(line.endswith("  trainer_state.json") for line in lines) else f"{SUMS} is cut"
+    there = {path for path in directory.rglob("*") if path.is_file() and path.name != SUMS}
+    return None if there and there <= listed else f"{SUMS} is cut"
 
 
 def read_state(directory: Path) -> TrainState:
@@ -246,14 +264,6 @@ def read_state(directory: Path) -> TrainState:
         return TrainState(**values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{directory}: not a checkpoint ({error})") from None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from srit.data.batches import Example, Pair
 from srit.runtime import distributed
-from srit.runtime.files import InputError, atomic_write
+from srit.runtime.files import atomic_write
 from srit.runtime.jsonl import cut_torn_line, has_rows, read_jsonl
+from srit.runtime.outcome import Diverged
 from srit.training.checkpoint import TrainState
 
 
@@ -35,6 +36,7 @@ class MetricsLog:
         self.sums = {name: torch.tensor(value) for name, value in pending["sums"].items()}
         self.weight = torch.tensor(pending["weight"], dtype=torch.float64)
         self.tokens, self.since = 0, time.perf_counter()
+        self.last_finite: Tensor | bool = True
         self.unchecked: list[tuple[int, list[str], Tensor]] = []  # step, row ids, finite
         if self.main:
             cut_torn_line(self.path)
@@ -58,6 +60,7 @@ class MetricsLog:
         self.tokens += tokens
         self.state.step += 1
         self.state.num_tokens += tokens
+        self.last_finite = finite
         self.unchecked.append((self.state.step, [item.id for item in items], finite))
         self.bar.update()
 
@@ -93,13 +96,17 @@ class MetricsLog:
         self.bar.set_postfix({name: f"{row[name]:.4g}" for name in shown
                               if row.get(name) is not None})
 
+    def last_step_was_finite(self) -> bool:
+        """False when the last step that was added was skipped; True before the first one."""
+        return bool(self.last_finite)
+
     def close(self) -> None:
         self.bar.close()
 
     def _count_skipped(self) -> None:
         """Count the steps that were skipped since the last call, and name their rows.
 
-        Raises InputError when the run has skipped more than max_skipped_steps.
+        Raises Diverged when the run has skipped more than max_skipped_steps.
         """
         steps, self.unchecked = self.unchecked, []
         finite = torch.stack([ok for _, _, ok in steps]).tolist() if steps else []
@@ -110,7 +117,7 @@ class MetricsLog:
             text = (f"step {step}: loss or gradient is not finite; rows of this step: "
                     f"{', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}")
             if self.state.skipped_steps > self.max_skipped_steps:
-                raise InputError(f"{text}. {self.state.skipped_steps} steps were skipped for this, "
+                raise Diverged(f"{text}. {self.state.skipped_steps} steps were skipped for this, "
                                  f"--max_skipped_steps is {self.max_skipped_steps}: lower "
                                  "--learning_rate, or look at these rows")
             if self.main:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from srit.data.batch_sampler import BatchSampler, rank_batches
 from srit.data.batches import Pair, collate_pairs
 from srit.losses import sequence_logps, token_logps
 from srit.models import Decoder
-from srit.runtime import distributed
+from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError, atomic_write
-from srit.runtime.jsonl import read_jsonl
+from srit.runtime.jsonl import cut_torn_line
+from srit.runtime.outcome import Stopped
 from srit.training import fsdp
 
 
@@ -39,7 +40,7 @@ class ReferenceLogps:
     def score(self, sampler: BatchSampler[Pair], held_out: Sequence[Pair]) -> None:
         """Set `ref_logps` of the held-out pairs and, with precompute_ref_log_probs, the training pairs.
 
-        Raises InputError for a log-prob that is not finite.
+        Raises InputError for a log-prob that is not finite, Stopped when asked to stop.
         """
         if self.cfg.precompute_ref_log_probs:
             self._score(sampler.items, sampler.first_epoch(), "ref_logps.jsonl")
@@ -53,37 +54,46 @@ class ReferenceLogps:
 
         `batches` must be the micro-batches of training: matrix products round differently in other
         shapes, and only the same shapes give a margin of exactly 0, and a loss of exactly ln 2, while
-        policy and reference are equal. What the cache file holds is not computed again.
+        policy and reference are equal. Every batch is appended to the cache as it is scored, so a
+        stopped run goes on from there. Raises Stopped when asked to stop.
         """
-        cache, known = Path(self.cfg.output_dir) / cache_name, {}
-        if cache.is_file():
-            known = {row["key"]: row["logps"] for row in read_jsonl(cache)}
+        cache = Path(self.cfg.output_dir) / cache_name
+        own = cache.with_suffix(f".rank{distributed.rank()}.jsonl")
+        known = _read_cache([cache, *cache.parent.glob(f"{cache.stem}.rank*.jsonl")])
+        cut_torn_line(own)
+        distributed.barrier()  # nobody appends before everybody has read
         keys = [self._key(pair) for pair in pairs]
         missing = [batch for batch in batches if any(keys[i] not in known for i in batch)]
-        todo, computed = distributed.pad_to_longest_rank(missing, [0]), []
-        with fsdp.scoring(self.model):
+        todo = distributed.pad_to_longest_rank(missing, [0])
+        with fsdp.scoring(self.model), open(own, "a", encoding="utf-8") as handle:
             for indices, weight in tqdm(todo, desc="reference", disable=distributed.rank() != 0,
                                         dynamic_ncols=True):
                 batch = collate_pairs([pairs[i] for i in indices]).to(self.device)
                 logps = sequence_logps(token_logps(self.model, batch), batch.cu_targets)  # (2B,)
-                if weight:
-                    computed.append((indices, logps.view(-1, 2)))
-        for indices, logps in computed:  # read last: reading waits for the device
-            known |= {keys[i]: values for i, values in zip(indices, logps.tolist(), strict=True)}
+                scored = zip(indices, logps.view(-1, 2).tolist(), strict=True)
+                for i, values in scored if weight else ():
+                    known[keys[i]] = values
+                    handle.write(_cache_line(keys[i], values))
+                handle.flush()
+                if distributed.any_rank(shutdown.requested()):
+                    raise Stopped(f"stopped: {cache.parent} has the reference's log-probs so far; the "
+                                  "same command goes on from there")
         table = torch.full((len(pairs), 2), float("nan"))
-        own = [i for batch in batches for i in batch]
-        table[own] = torch.tensor([known[keys[i]] for i in own]).view(-1, 2)
+        needed = [i for batch in batches for i in batch]
+        table[needed] = torch.tensor([known[keys[i]] for i in needed]).view(-1, 2)
         table = _merge_ranks(table.to(self.device)).cpu()
         if distributed.rank() == 0 and todo:
             with atomic_write(cache) as handle:
-                for key, logps in zip(keys, table.tolist(), strict=True):
-                    if logps[0] == logps[0]:
-                        handle.write(json.dumps({"key": key, "logps": logps}) + "\n")
-        if bad := [pairs[i].id for i in sorted(own) if not table[i].isfinite().all()]:
+                for key, values in zip(keys, table.tolist(), strict=True):
+                    if values[0] == values[0]:
+                        handle.write(_cache_line(key, values))
+        distributed.barrier()
+        own.unlink()
+        if bad := [pairs[i].id for i in sorted(needed) if not table[i].isfinite().all()]:
             raise InputError(f"the reference's log-prob is not finite for {', '.join(bad[:8])}")
-        for pair, logps in zip(pairs, table.tolist(), strict=True):
-            if logps[0] == logps[0]:  # NaN: no rank has this pair
-                pair.ref_logps = (logps[0], logps[1])
+        for pair, values in zip(pairs, table.tolist(), strict=True):
+            if values[0] == values[0]:  # NaN: no rank has this pair
+                pair.ref_logps = (values[0], values[1])
 
     def _key(self, pair: Pair) -> str:
         """SHA-256 of what the two numbers depend on: reference, tokens and masks of both sides."""
@@ -92,6 +102,31 @@ class ReferenceLogps:
             digest.update(struct.pack(f"<q{len(side.ids)}q", len(side.ids), *side.ids))
             digest.update(bytes(side.mask))
         return digest.hexdigest()
+
+
+def _cache_line(key: str, logps: list[float]) -> str:
+    """A line of the cache, with a checksum over what it says."""
+    check = hashlib.sha256(f"{key} {logps}".encode()).hexdigest()[:16]
+    return json.dumps({"key": key, "logps": logps, "check": check}) + "\n"
+
+
+def _read_cache(files: Iterable[Path]) -> dict[str, list[float]]:
+    """{key: log-probs} of the lines that are as they were written; the others are scored again."""
+    known, damaged = {}, 0
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for line in text.splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                intact = _cache_line(row["key"], row["logps"]) == line
+            except (ValueError, TypeError, KeyError):
+                intact = False
+            if intact:
+                known[row["key"]] = row["logps"]
+            damaged += not intact
+    if damaged and distributed.rank() == 0:
+        print(f"{damaged} damaged lines of the reference's cache are scored again", flush=True)
+    return known
 
 
 def _merge_ranks(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a run saves on its way and leaves at its end: checkpoints, the best weights, the model."""
 
+import math
 import re
 import shutil
 from contextlib import nullcontext
@@ -13,48 +14,62 @@ from srit.models.load import write_config
 from srit.models.lora import load_adapter, save_adapter
 from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError, atomic_dir, atomic_path
-from srit.runtime.run_dir import read_run
+from srit.runtime.outcome import Diverged, Finished, Stopped
+from srit.runtime.run_dir import Run, read_run
 from srit.text.tokenizer import Tokenizer
 from srit.training.checkpoint import (
     CheckpointWriter,
     TrainState,
     checkpoints,
+    damage,
     find_checkpoint,
     load_checkpoint,
     read_state,
+    set_aside,
+    write_checksums,
 )
 from srit.training.metrics import MetricsLog
 
 
 class BestWeights:
-    """best-N/: the weights, or the adapter, with the lowest evaluation loss so far."""
+    """best-N/: the weights, or the adapter, with the lowest evaluation loss so far, with checksums."""
 
     def __init__(self, cfg: TrainConfig, model: Decoder, tokenizer: Tokenizer) -> None:
         self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
         self.output_dir = Path(cfg.output_dir)
 
     def keep(self, eval_loss: float, state: TrainState) -> None:
-        """Write best-N/ when this evaluation is the best one."""
-        best = state.best_eval_loss
-        if self.cfg.load_best_model_at_end and (best is None or eval_loss < best):
+        """Write best-N/ when this evaluation is the best one; NaN never is."""
+        best = math.inf if state.best_eval_loss is None else state.best_eval_loss
+        if self.cfg.load_best_model_at_end and eval_loss < best:
             state.best_eval_loss, state.best_step = eval_loss, state.step
             self._write(self.output_dir / f"best-{state.step}")
 
     def prune(self, needed: int | None) -> None:
         """Remove every best-N/ but the one of step `needed` and those that a checkpoint refers to."""
         if distributed.rank() == 0:
-            keep = {needed} | {read_state(path).best_step for path in checkpoints(self.output_dir)}
+            keep = {needed}
+            for path in checkpoints(self.output_dir):
+                try:
+                    keep.add(read_state(path).best_step)
+                except InputError as error:
+                    set_aside(path, str(error))
             for directory in self.output_dir.glob("best-*"):
                 number = re.fullmatch(r"best-(\d+)", directory.name)
                 if number and int(number[1]) not in keep:
                     shutil.rmtree(directory)
 
-    def export(self, state: TrainState) -> None:
-        """The trained model in Hugging Face layout: the best weights if kept, else the last."""
+    def export(self, state: TrainState) -> list[str]:
+        """Write the model in Hugging Face layout: the best weights if kept, else the last; file names.
+
+        A best-N/ that is missing or damaged is set aside, and the last weights are exported.
+        """
         cfg, main, best = self.cfg, distributed.rank() == 0, None
         if state.best_step is not None:
-            best = self.output_dir / f"best-{state.best_step}"
-            if main:
+            best = self._intact(self.output_dir / f"best-{state.best_step}")
+            if best is None:
+                state.best_step = state.best_eval_loss = None
+            elif main:
                 print(f"exporting step {state.best_step}, evaluation loss {state.best_eval_loss:.4f}")
         if cfg.use_peft:
             if best is not None:
@@ -62,12 +77,21 @@ class BestWeights:
             self._write(self.output_dir / "adapter")
         if best is not None and not cfg.use_peft:
             for file in sorted(best.iterdir()) if main else ():
-                with atomic_path(self.output_dir / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
+                if file.name != "SHA256SUMS":
+                    with atomic_path(self.output_dir / file.name) as temporary:
+                        shutil.copyfile(file, temporary)
         else:
             save_model(self.model, self.model.config, self.output_dir if main else None)
         if main:
             self.tokenizer.save(self.output_dir)
+        return sorted(file.name for file in self.output_dir.glob("model*.safetensors"))
+
+    def _intact(self, directory: Path) -> Path | None:
+        """The directory if its checksums match; rank 0 looks and decides for all ranks."""
+        problem = damage(directory) if distributed.rank() == 0 else None
+        if problem is not None:
+            set_aside(directory, f"{problem}: exporting the last weights instead")
+        return directory if distributed.from_rank_0(int(problem is None)) else None
 
     def _write(self, directory: Path) -> None:
         with atomic_dir(directory) if distributed.rank() == 0 else nullcontext() as temporary:
@@ -77,6 +101,7 @@ class BestWeights:
                 save_model(self.model, self.model.config, temporary)
             if temporary is not None:
                 self.tokenizer.save(temporary)
+                write_checksums(temporary)
 
 
 class Checkpoints:
@@ -89,32 +114,40 @@ class Checkpoints:
         self.output_dir = Path(cfg.output_dir)
         self.writer = CheckpointWriter(self.output_dir, cfg.save_total_limit, cfg.async_save)
 
-    def resume(self, total_steps: int, step_size: int, reference: str | None = None) -> TrainState:
+    def resume(self, run: Run, total_steps: int, step_size: int,
+               reference: str | None = None) -> TrainState:
         """The state of the checkpoint to go on from, loaded into model and optimizer; or a fresh one.
 
-        Raises InputError for a run that is finished, and for a checkpoint of another reference model
-        or another number of rows, pairs or bins to a step.
+        Raises Finished for a run that is finished, and InputError for a checkpoint of other inputs,
+        of another reference model, or with another number of rows, pairs or bins to a step.
         """
         state = TrainState()
         found = find_checkpoint(self.output_dir, self.cfg.resume_from_checkpoint)
         done = read_run(self.output_dir) or {}
         if done.get("finished") and done["steps"] >= total_steps:
-            raise InputError(f"{self.output_dir}: this run is finished; train longer with "
-                             "--max_steps or --num_train_epochs, or start it afresh with "
-                             "--overwrite_output_dir True")
+            raise Finished(f"{self.output_dir}: this run is finished; train longer with --max_steps or "
+                           "--num_train_epochs, or start it afresh with --overwrite_output_dir True")
         if found is not None:
             state = load_checkpoint(found, self.model, self.optimizer)
             if state.reference != reference:
                 raise InputError(f"{found}: was trained against another reference model; "
                                  f"--model_name_or_path must be the one it started from")
+            if state.inputs != run.inputs:
+                raise InputError(f"{found}: was trained on other files, or from another model: "
+                                 "resume with those, or start afresh in another --output_dir")
             if state.batch_size != step_size:
                 raise InputError(f"{found}: a step was {state.batch_size} rows, pairs or bins, "
                                  f"and would now be {step_size}; adapt "
                                  "--per_device_train_batch_size or --gradient_accumulation_steps to "
                                  f"{distributed.world_size()} processes")
+            run.say(f"resuming {found} at step {state.step} of {total_steps}")
             if distributed.rank() == 0:
-                print(f"resuming {found} at step {state.step} of {total_steps}")
+                for path in checkpoints(self.output_dir):
+                    if int(path.name[11:]) > state.step:
+                        set_aside(path, f"later than step {state.step}, where this run goes on",
+                                  "superseded")
         state.total_steps, state.batch_size, state.reference = total_steps, step_size, reference
+        state.inputs = run.inputs
         return state
 
     def save_if_due(self, state: TrainState, log: MetricsLog) -> None:
@@ -128,14 +161,27 @@ class Checkpoints:
         if asked:
             self.writer.wait()
             log.close()
-            raise shutdown.Stopped(f"stopped after step {state.step} of {state.total_steps}; the same "
-                                   "command goes on from there")
+            raise Stopped(f"stopped after step {state.step} of {state.total_steps}; the same command "
+                          "goes on from there")
 
-    def finish(self, state: TrainState) -> None:
-        """Export the trained model, then remove the best-N/ that no checkpoint refers to."""
+    def finish(self, state: TrainState, log: MetricsLog) -> list[str]:
+        """Export the trained model and remove what no checkpoint refers to; the names of its files.
+
+        Raises Diverged, and exports nothing, when the last step was not finite or the weights are not.
+        """
         self.writer.wait()
-        self.best.export(state)
+        log.close()
+        finite = all(bool(p.detach().isfinite().all()) for p in self.model.parameters())
+        if distributed.any_rank(not finite):
+            raise Diverged(f"{self.output_dir}: the trained weights are not finite, so nothing was "
+                           "exported; lower --learning_rate, or look at the rows of metrics.jsonl")
+        if not log.last_step_was_finite():
+            raise Diverged(f"{self.output_dir}: loss or gradient of the last step were not finite "
+                           f"({state.skipped_steps} of {state.step} steps skipped), so nothing was "
+                           "exported; lower --learning_rate, or look at the rows of that step")
+        files = self.best.export(state)
         self.best.prune(None)
+        return files
 
     def _write_files(self, directory: Path | None) -> None:
         """What a checkpoint holds besides tensors and state; rank 0 alone has a directory."""

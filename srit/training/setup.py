@@ -3,9 +3,7 @@
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +14,7 @@ from srit.models.lora import add_lora
 from srit.runtime import distributed
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts
-from srit.runtime.run_dir import claim_output_dir, write_run
+from srit.runtime.run_dir import Run
 from srit.text.tokenizer import Tokenizer, load_tokenizer
 from srit.training import fsdp
 from srit.training.memory import trim_heap_between_layers
@@ -24,59 +22,29 @@ from srit.training.memory import trim_heap_between_layers
 Row = TypeVar("Row")
 
 
-@dataclass
-class Run:
-    """One run of a stage: its device, what it read, and when it began."""
-
-    stage: str
-    cfg: TrainConfig
-    device: torch.device
-    started: float = field(default_factory=time.time)
-    counts: list[Counts] = field(default_factory=list)
-
-    def read(self, reader: Callable[..., tuple[list[Row], Counts]],
-             *arguments: Any) -> tuple[list[Row], list[Row]]:
-        """Training rows and held-out rows (none without eval_file), by reader(files, *arguments)."""
-        train, counts = reader(self.cfg.train_file, *arguments)
-        self.counts.append(counts)
-        held_out: list[Row] = []
-        if self.cfg.eval_file:
-            held_out, counts = reader(self.cfg.eval_file, *arguments)
-            counts.name = f"evaluation {counts.name}"
-            self.counts.append(counts)
-        self.say(*self.counts)
-        return train, held_out
-
-    def say(self, *lines: object) -> None:
-        """Print on rank 0."""
-        if distributed.rank() == 0:
-            print(*lines, sep="\n")
-
-    def finish(self, **results: Any) -> None:
-        """Mark the run finished in run.json, with `results`, and leave the process group."""
-        if distributed.rank() == 0:
-            write_run(self.cfg.output_dir, self.stage, self.cfg, self.counts, self.started, **results)
-        self.say(f"{self.cfg.output_dir}: model, metrics.jsonl, run.json")
-        distributed.leave_process_group()
+def read_rows(run: Run, reader: Callable[..., tuple[list[Row], Counts]],
+              *arguments: Any) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows (none without eval_file), by reader(files, *arguments)."""
+    train, counts = reader(run.cfg.train_file, *arguments)
+    run.counts.append(counts)
+    held_out: list[Row] = []
+    if run.cfg.eval_file:
+        held_out, counts = reader(run.cfg.eval_file, *arguments)
+        counts.name = f"evaluation {counts.name}"
+        run.counts.append(counts)
+    run.say(*run.counts)
+    return train, held_out
 
 
-def start_run(stage: str, cfg: TrainConfig) -> Run:
-    """Join the process group, and make output_dir this run's own."""
-    run = Run(stage, cfg, distributed.setup(cfg.device, cfg.ddp_timeout))
-    if distributed.rank() == 0:
-        claim_output_dir(cfg.output_dir, stage, cfg)
-    distributed.barrier()
-    return run
-
-
-def load_student(cfg: TrainConfig, device: torch.device) -> tuple[Decoder, Tokenizer, int]:
+def load_student(run: Run) -> tuple[Decoder, Tokenizer, int]:
     """Model, tokenizer, and the longest row that may be trained.
 
     Master weights are float32, activations are cfg.dtype. A model that will be sharded is loaded on
     the CPU and goes to its GPU block by block.
     """
+    cfg, device = run.cfg, run.device
     torch.manual_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg.model_name_or_path)
+    tokenizer = load_tokenizer(cfg.model_name_or_path, today=run.date)
     model, config = load_model(
         cfg.model_name_or_path, dtype=torch.float32, compute_dtype=getattr(torch, cfg.dtype),
         device=torch.device("cpu") if _sharded(cfg) else device)

@@ -1,12 +1,18 @@
 """`srit run` on a tiny model."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from tiny import demo, metrics, question, tiny_checkpoint, write_rows
 
 from srit.commands.run import RunConfig, main
 from srit.runtime.files import InputError
+from srit.runtime.outcome import BAD_INPUT
 
 SMALL = """\
 model_name_or_path: {model}
@@ -59,6 +65,19 @@ def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, cap
     assert capfd.readouterr().out.count("finished before") == 7
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.is_file()}
 
+    demos = recipe.parent / "demos.jsonl"
+    demos.write_text("".join(demos.read_text().splitlines(keepends=True)[1:]))
+    old = json.loads((out / "eval-dpo" / "run.json").read_text())["inputs"]
+    main(RunConfig(str(recipe)))
+    printed = capfd.readouterr().out
+    assert printed.count("finished before") == 1 and "eval-base: finished before" in printed
+    assert f"{demos} has changed; moved to {out}/stale/sft-1, and run again" in printed
+    assert {p.name for p in (out / "stale").iterdir()} == {
+        "sft-1", "eval-sft-1", "sample-1", "pair-1", "dpo-1", "eval-dpo-1"}
+    new = json.loads((out / "eval-dpo" / "run.json").read_text())["inputs"]
+    changed = {Path(file).name for file in new if new[file] != old[file]}
+    assert changed == {"model.safetensors"}
+
     recipe.write_text(recipe.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-3"))
     with pytest.raises(InputError, match="dpo holds another run: learning_rate was 0.001"):
         main(RunConfig(str(recipe)))
@@ -68,5 +87,78 @@ def test_a_failing_stage_ends_the_run_with_its_exit_status(recipe):
     (recipe.parent / "demos.jsonl").write_text('{"id": "x"}\n')
     with pytest.raises(SystemExit) as stopped:
         main(RunConfig(str(recipe)))
-    assert stopped.value.code == 1
+    assert stopped.value.code == BAD_INPUT
     assert not (recipe.parent / "out" / "sample").exists()
+
+
+def start(recipe, **more):
+    return subprocess.Popen([sys.executable, "-m", "srit.commands.cli", "run", "--config", str(recipe)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def stat(pid):
+    """State and parent of a process; ("", 0) when it is gone."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "", 0
+    return state, int(parent)
+
+
+def children(pid):
+    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and stat(p.name)[1] == pid]
+
+
+def alive(pid):
+    return stat(pid)[0] not in ("", "Z")
+
+
+def test_a_stage_ends_with_its_run_and_a_second_run_is_told_who_has_it(recipe):
+    """SIGKILL to `srit run`: the stage saves and ends, and the same command goes on."""
+    recipe.write_text(recipe.read_text().replace("max_steps: 30", "max_steps: 100000"))
+    log = recipe.parent / "out" / "sft" / "metrics.jsonl"
+    run = start(recipe)
+    wait_for(lambda: run.poll() is not None or (log.is_file() and log.read_text()))
+    (stage,) = children(run.pid)
+    second = start(recipe)
+    _, complained = second.communicate(timeout=60)
+    assert second.returncode == BAD_INPUT and f"is in use by process {run.pid} on " in complained
+    run.kill()
+    run.communicate()
+    wait_for(lambda: not alive(stage))
+    assert list((recipe.parent / "out" / "sft").glob("checkpoint-*"))
+
+
+def test_modules_in_the_working_directory_are_not_run(recipe, tmp_path):
+    for name in ("tqdm", "yaml", "json", "sft", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import os\nos._exit(99)\n")
+    (recipe.parent / "demos.jsonl").write_text('{"id": "x"}\n')
+    code = ("import sys; sys.path.pop(0); from srit.commands import run; "
+            f"run.main(run.RunConfig({str(recipe)!r}))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == BAD_INPUT, done.stderr  # of the demonstrations, not 99
+
+
+def test_a_recipe_that_is_refused_writes_nothing(recipe):
+    recipe.write_text(recipe.read_text().replace("max_steps: 8", "max_steps: 8, beta: -1"))
+    with pytest.raises(InputError, match="--beta -1"):
+        main(RunConfig(str(recipe)))
+    assert not (recipe.parent / "out").exists()
+
+
+def test_a_lost_terminal_stops_the_run(recipe):
+    recipe.write_text(recipe.read_text().replace("max_steps: 30", "max_steps: 100000"))
+    log = recipe.parent / "out" / "sft" / "metrics.jsonl"
+    run = start(recipe)
+    wait_for(lambda: run.poll() is not None or (log.is_file() and log.read_text()))
+    run.send_signal(signal.SIGHUP)
+    said, complained = run.communicate(timeout=60)
+    assert run.returncode == 75, complained
+    assert "the run stopped; the same command goes on from there" in said

@@ -32,6 +32,10 @@ def test_blank_lines_are_skipped_but_counted_in_line_numbers(tmp_path):
     ([{**GOOD, "question": " "}], "'question' is empty"),
     ([{**GOOD, "task": "choice"}], "no field 'choices'"),
     ([{**GOOD, "task": "choice", "choices": {"A": "x"}, "answer": "B"}], "not one of the choices"),
+    ([{**GOOD, "task": "choice", "choices": {"A": 5}, "answer": "A"}],
+     "choice 'A' must be a string, got 5"),
+    ([{**GOOD, "task": "choice", "choices": {str(n): "x" for n in range(27)}, "answer": "1"}],
+     "choices must be 26 at most, got 27"),
     ([GOOD, GOOD], r":2: duplicate id 'a', first seen at .*rows\.jsonl:1"),
 ])
 def test_a_malformed_question_is_named_with_its_line(tmp_path, lines, message):

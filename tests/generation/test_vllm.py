@@ -17,6 +17,7 @@ from srit.generation import params as ours
 from srit.generation.engine import generate
 from srit.models import load_model
 from srit.runtime import shutdown
+from srit.runtime.outcome import Stopped
 from srit.text.tokenizer import load_tokenizer
 from srit.train import sample
 
@@ -133,7 +134,7 @@ def test_the_rows_are_those_of_our_own_engine(world, tmp_path, stand_in, flags):
 def test_a_stopped_run_aborts_what_is_left(world, tmp_path, stand_in, monkeypatch):
     asked = iter(range(100))
     monkeypatch.setattr(shutdown, "requested", lambda: next(asked) > 4)
-    with pytest.raises(shutdown.Stopped):
+    with pytest.raises(Stopped):
         cfg = SampleConfig(
             model_name_or_path=str(world / "model"), output_dir=str(tmp_path / "o"), engine="vllm",
             train_file=[str(world / "questions.jsonl")], temperature=0, num_samples=2,

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from tiny import demo, write_rows
+from tiny import demo, question, write_rows
 
 from srit.config import PairConfig
 from srit.grading.pairs import build_pairs, summarize_pairs
@@ -16,7 +16,7 @@ RIGHT, WRONG = "So 3 + 4 = 7. The answer is 7.", "So 3 + 5 = 8. The answer is 8.
 
 
 def sample(i, style, n, text, correct, **changes):
-    row = {"id": f"q{i}", "task": "math", "dataset": "d", "question": "How many are 3 and 4?",
+    row = {"id": f"q{i}", "task": "math", "dataset": "d", "question": question(i, 3, 4)["question"],
            "answer": "7", "sample": n, "prompt_style": style, "prompt": "p", "text": text,
            "seed": 0, "n_tokens": 9, "finished": True, "extracted": "7" if correct else "8",
            "correct": correct}
@@ -133,6 +133,14 @@ def test_two_texts_for_one_sample_are_refused():
         build_pairs([SAMPLES[0], {**SAMPLES[0], "text": "other"}], [])
 
 
+def test_one_id_for_two_questions_is_refused():
+    other = {"question": "How many are 1 and 6?"}
+    with pytest.raises(InputError, match="id 'q0' stands for two questions.*different data sets"):
+        build_pairs([*SAMPLES, sample(0, "cot", 2, RIGHT, True, **other)], [])
+    with pytest.raises(InputError, match="id 'q0' stands for two questions"):
+        build_pairs(SAMPLES, [{**teacher(0), **other}])
+
+
 def test_the_stage_writes_pairs_and_counts(tmp_path, capsys):
     file = write_rows(tmp_path / "samples.jsonl", SAMPLES)
     cfg = PairConfig([str(file)], str(tmp_path / "out"), policy="correctness")
@@ -147,6 +155,10 @@ def test_the_stage_writes_pairs_and_counts(tmp_path, capsys):
     ([SAMPLES[0]], r"no question gave a pair .*raise --temperature"),
     ([{k: v for k, v in SAMPLES[0].items() if k != "text"}], r":1: the row has no field 'text'"),
     ([{**SAMPLES[0], "correct": "yes"}], "field 'correct' must be bool"),
+    ([{**SAMPLES[0], "sample": True}], "field 'sample' must be int, got bool"),
+    ([{k: v for k, v in SAMPLES[0].items() if k != "extracted"}], ":1: the row has no field 'extr"),
+    ([{**SAMPLES[0], "extracted": 7}], "field 'extracted' must be str . None, got int"),
+    ([{**SAMPLES[0], "task": "poem"}], ":1: field 'task' must be one of"),
 ])
 def test_bad_samples_are_named(tmp_path, rows, message):
     file = write_rows(tmp_path / "samples.jsonl", rows)

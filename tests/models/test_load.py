@@ -1,6 +1,7 @@
 """Checkpoints in and out; damaged ones raise an error that names the damage."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -96,6 +97,36 @@ def test_a_shard_outside_the_directory_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="lies outside the directory"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("weight_map", [
+    None, [], {"a": 5}, {"a": ["x"]}, {"a": None, "b": "x"}, {"a": ""}, {"a": "config.json"}])
+def test_an_index_of_other_types_is_refused(tmp_path, weight_map):
+    (tmp_path / "config.json").write_text(json.dumps({**COMMON, "model_type": "llama"}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match="weight_map must be|is missing|not safetensors"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama3"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn])
+def test_quantised_weights_without_their_scales_are_refused(broken, dtype):
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(InputError, match=rf"model\.norm\.weight has dtype {dtype}; quantised"):
+        load_model(str(broken))
+
+
+@pytest.mark.parametrize("family", ["llama3"], indirect=True)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_directory_in_place_of_a_file_is_refused_at_once(broken, name, make):
+    (broken / name).unlink(missing_ok=True)
+    (broken / "model.safetensors").unlink()
+    make(broken / name)
+    with pytest.raises(InputError, match="not a regular file|no model.safetensors"):
+        load_model(str(broken))
 
 
 def test_gemma3_is_read_from_a_multimodal_config():

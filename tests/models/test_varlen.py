@@ -108,7 +108,7 @@ def test_a_right_function_is_trusted(proven, windowed, monkeypatch):
 @pytest.mark.parametrize("function, reason", [(top_left, "wrong results"), (too_old, "scale")])
 def test_a_wrong_or_older_function_is_named_and_not_used(proven, function, reason, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", function)
-    with pytest.warns(UserWarning, match=f"varlen_attn of torch .*{reason}.*segments are computed one by one"):
+    with pytest.warns(UserWarning, match=f"varlen_attn of torch .*{reason}.*segments are computed one"):
         assert not proven(False)
 
 

@@ -1,12 +1,15 @@
 """Tokenizers rebuilt from .gguf metadata, against splits by hand and a naive SentencePiece."""
 
 import random
+import struct
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from srit.models import load_model
 from srit.models.gguf_metadata import read_metadata
 from srit.runtime.files import InputError
 from srit.text.gguf_tokenizer import SPLITS
@@ -109,6 +112,55 @@ def test_what_cannot_be_rebuilt_is_an_error(tmp_path):
     path = write_gguf(tmp_path / "c.gguf", "llama", ["a"], [NORMAL], architecture="gemma3")
     with pytest.raises(InputError, match="'gemma3' is not supported"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("bos_token_id", 99999, "bos_token_id must be an id of the vocabulary, from 0 to"),
+    ("eos_token_id", 99999, "eos_token_id must be an id"), ("eot_token_id", -1, "eot_token_id must"),
+    ("eos_token_id", True, "eos_token_id must"), ("tokens", None, "tokens must be different texts"),
+    ("tokens", [], "tokens must be"), ("tokens", [1, 2], "tokens must be"),
+    ("tokens", ["a", "a"], "tokens must be"), ("tokens", ["a" * 2000], "tokens must be"),
+    ("merges", ["ab"], "merges must be"), ("merges", [5], "merges must be a list of str"),
+    ("merges", ["a zz"], "damaged tokenizer"), ("merges", ["a "], "damaged tokenizer"),
+    ("token_type", "x", "token_type must be a list"), ("pre", ["gpt-2"], "is not supported"),
+    ("model", ["gpt2"], "is not supported"), ("chat_template", 5, "chat_template must be a text"),
+])
+def test_hostile_metadata_is_refused(tmp_path, monkeypatch, key, value, message):
+    path = byte_level(tmp_path / "m.gguf", "gpt-2")
+    data = read_metadata(path)
+    name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+    data = {**data, name: value} if value is not None else {k: v for k, v in data.items() if k != name}
+    monkeypatch.setattr("srit.text.gguf_tokenizer.read_metadata", lambda _: data)
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(path)
+
+
+def header(*pairs: bytes, tensors: int = 0, keys: int | None = None) -> bytes:
+    count = len(pairs) if keys is None else keys
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, count) + b"".join(pairs)
+
+
+def array(kind: int, count: int, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, kind, count) + data
+
+
+@pytest.mark.parametrize("data, message", [
+    (header(keys=2**60), "keys, the limit is 65,536"), (header(tensors=2**60), "tensors, the limit"),
+    (header(array(0, 2**60)), "items in an array, the limit is"),
+    (header(array(8, 2**60)), "items in an array, the limit is"),
+    (header(array(0, 2**20)), "the file ends in its metadata"),
+    (header(array(9, 1, struct.pack("<IQ", 9, 1) * 100_000)), "an array of arrays"),
+    (header(struct.pack("<Q", 2**60)), "bytes of text, the limit is"),
+    (header(tensors=1) + struct.pack("<QI", 0, 2**31), "a tensor of 2,147,483,648 dimensions"),
+])
+def test_huge_counts_and_deep_nesting_are_refused_at_once(tmp_path, data, message):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(data)
+    for read in (load_tokenizer, load_model):
+        started = time.monotonic()
+        with pytest.raises(InputError, match=message):
+            read(str(file))
+        assert time.monotonic() - started < 5
 
 
 def test_a_damaged_file_is_an_error(tmp_path):

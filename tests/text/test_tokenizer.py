@@ -1,12 +1,14 @@
 """Special ids, chat templates and files of the tokenizer; transformers is the reference."""
 
 import json
+import os
+import time
 
 import pytest
 from templates import CHATML, FAMILIES, LLAMA3, family_tokenizer, write_tokenizer
 
 from srit.runtime.files import InputError
-from srit.text.tokenizer import load_tokenizer
+from srit.text.tokenizer import DEFAULT_TEMPLATE, load_tokenizer
 
 TALK = [{"role": "user", "content": " Tom has <3 apples> & 4 more? "},
         {"role": "assistant", "content": "He has 7.\n"},
@@ -146,6 +148,62 @@ def test_bad_checkpoints_say_what_to_do(tmp_path):
     (tmp_path / "eos" / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json: damaged"):
         load_tokenizer(tmp_path / "eos")
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"eos_token": 5}, "eos_token must be a string.*got 5"),
+    ({"eos_token": {"x": "<|im_end|>"}}, "eos_token must be a string"),
+    ({"bos_token": ["<s>"]}, "bos_token must be a string"),
+    ({"pad_token": {"content": 1}}, "pad_token must be a string"),
+    ({"unk_token": {"content": None}}, "unk_token must be a string"),
+    ({"chat_template": 5}, "chat_template must be a text"),
+    ({"chat_template": [5]}, "an entry of chat_template must be"),
+    ({"chat_template": [{"name": "default"}]}, None),
+    ({"chat_template": [{"name": "default", "template": {}}]}, "chat_template must be a text"),
+    ({"chat_template": "x" * 2**21}, "chat_template must be a text, 1,048,576 characters at most"),
+])
+def test_settings_of_other_types_are_named(tmp_path, settings, message):
+    write_tokenizer(tmp_path, **settings)
+    if message is None:
+        assert load_tokenizer(tmp_path).chat_template.endswith(DEFAULT_TEMPLATE)
+    else:
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("stop", ['"2"', "-1", "[[2]]", "true", "{}", "1e3", str(2**40)])
+@pytest.mark.parametrize("eos", ["<|im_end|>", None])
+def test_stop_ids_of_other_types_are_named(tmp_path, stop, eos):
+    write_tokenizer(tmp_path, eos=eos)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {stop}}}')
+    with pytest.raises(InputError, match="eos_token_id must be ids from 0|no eos_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_files_that_are_no_text_or_no_files_are_named(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(InputError, match="chat_template.jinja: not UTF-8"):
+        load_tokenizer(tmp_path)
+    for name in ("chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: not a regular file"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_regex_that_backtracks_without_end_is_stopped(tmp_path):
+    """The library ends a match after 10,000,000 retries, by a panic."""
+    write_tokenizer(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"},
+                               "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer, started = load_tokenizer(tmp_path), time.monotonic()
+    with pytest.raises(InputError, match=f"{tmp_path}: the tokenizer fails .*retry-limit"):
+        tokenizer.encode("x" * 100)
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("template, message", [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from srit.config import DPOConfig, SFTConfig
 from srit.data.batches import Example
 from srit.data.examples import read_sft
 from srit.models import load_model
+from srit.runtime import shutdown
 from srit.runtime.files import InputError
+from srit.runtime.outcome import Diverged, Finished, Stopped
 from srit.text.prompts import Rendered, question_messages, render
 from srit.text.tokenizer import load_tokenizer
 from srit.train import dpo, sft
+from srit.training import reference
 from srit.training.checkpoint import TrainState
 from srit.training.metrics import MetricsLog
 from srit.training.optimizer import make_adamw, optimizer_step
+from srit.training.saving import BestWeights
 
 DEMOS = [demo(i, i % 7 + 1, (i * 3) % 11) for i in range(13)]
 PAIRS = [pair(i, i % 7 + 1, (i * 3) % 11) for i in range(7)]
@@ -205,7 +210,7 @@ def test_output_dir_of_another_run_is_left_alone(tiny, tmp_path):
     (out / "run.json").write_text((out / "run.json").read_text().replace("out.jsonl",
                                                                          "again.jsonl"))
     again = {**QUIET, "max_steps": 1}
-    with pytest.raises(InputError, match="this run is finished; train longer with"):
+    with pytest.raises(Finished):
         sft.main(SFTConfig(str(tiny), file, str(out), **again))
     with pytest.raises(InputError, match="another run: learning_rate was 0.001, now 0.5"):
         sft.main(SFTConfig(str(tiny), file, str(out), **{**again, "learning_rate": 0.5}))
@@ -270,7 +275,7 @@ def test_plain_trl_rows_train_too(tiny, tmp_path):
 
 
 def test_non_finite_loss_names_the_rows(tiny, tmp_path):
-    with pytest.raises(InputError, match=r"step \d+: .* not finite; rows of this step: .*q\d.*"
+    with pytest.raises(Diverged, match=r"step \d+: .* not finite; rows of this step: .*q\d.*"
                                          r"4 steps were skipped for this, --max_skipped_steps is 3"):
         run_sft(tiny, tmp_path, "out", max_steps=20, learning_rate=1e30, max_grad_norm=0.0,
                 max_skipped_steps=3)
@@ -292,7 +297,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tiny, tmp_path):
         log.add({"loss": torch.tensor(0.5)}, norm, 1, rows, finite)
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same == (bad != 1.0)
-    with pytest.raises(InputError, match="step 4: .*not finite; rows of this step: a, b"):
+    with pytest.raises(Diverged, match="step 4: .*not finite; rows of this step: a, b"):
         log.pending()
     assert log.pending()["weight"] == 1.0 and state.skipped_steps == 2
 
@@ -312,30 +317,125 @@ def test_token_budget(tiny, tmp_path, stage):
         train(tiny, tmp_path, "small", max_tokens_per_batch=9)
 
 
-def test_resume_against_another_reference_is_refused(tiny, tmp_path):
-    out = run_dpo(tiny, tmp_path, "out", max_steps=2, save_steps=2)
-    other = tiny_checkpoint(tmp_path / "other", seed=5)
-    state = json.loads((out / "run.json").read_text())
-    state["config"]["model_name_or_path"] = str(other)
-    (out / "run.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match="another reference model"):
-        dpo.main(DPOConfig(str(other), [str(tmp_path / "out.jsonl")], str(out),
-                           **{**QUIET, "max_steps": 4, "save_steps": 2}))
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("what", ["model", "rows"])
+def test_inputs_replaced_between_stop_and_resume_are_refused(tiny, tmp_path, stage, what):
+    """C9 and more: weights or rows under the same names, but not what the run began with."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    run = run_sft if stage == "sft" else run_dpo
+    settings = {"save_steps": 2, "per_device_train_batch_size": 2}
+    run(model, tmp_path, "out", max_steps=2, **settings)
+    rows = DEMOS if stage == "sft" else PAIRS
+    if what == "model":
+        tiny_checkpoint(model, seed=5)
+    with pytest.raises(InputError, match="a run of other inputs: .* has changed"):
+        run(model, tmp_path, "out", rows=rows[1:] if what == "rows" else rows, max_steps=4, **settings)
 
 
-def test_reference_cache_is_reused_and_follows_content(tiny, tmp_path):
-    one_by_one = dict(per_device_train_batch_size=1, gradient_accumulation_steps=7)
-    out = run_dpo(tiny, tmp_path, "out", max_steps=1, **one_by_one)
-    cache = (out / "ref_logps.jsonl").read_text().splitlines()
-    assert len(cache) == len(PAIRS)
-    changed = [json.loads(line) for line in cache]
-    for row in changed:
-        row["logps"] = [row["logps"][0] - 1.0, row["logps"][1]]
-    (out / "ref_logps.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
-    (out / "run.json").unlink()
-    for name in ("metrics.jsonl", "model.safetensors"):
-        (out / name).unlink()
-    rows = [{**PAIRS[0], "chosen": [{"role": "assistant", "content": "new"}]}, *PAIRS[1:]]
-    again = run_dpo(tiny, tmp_path, "out", rows=rows, max_steps=1, **one_by_one)
-    # six pairs came from the doctored cache (reward 0.1 x 1), the changed one was computed anew
-    assert metrics(again)[0]["rewards/chosen"] == pytest.approx(0.1 * 6 / 7, rel=1e-3)
+def test_a_checkpoint_named_by_hand_must_be_of_the_same_inputs(tiny, tmp_path):
+    run_sft(tiny, tmp_path, "a", max_steps=2, save_steps=2)
+    with pytest.raises(InputError, match="was trained on other files, or from another model"):
+        run_sft(tiny, tmp_path, "b", rows=DEMOS[1:], max_steps=4,
+                resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_the_reference_cache_is_reused_unless_it_was_changed(tiny, tmp_path, monkeypatch, capsys):
+    """C6. A line that is not as it was written is scored again; so is a pair that has changed."""
+    one_by_one = dict(per_device_train_batch_size=1, gradient_accumulation_steps=7, max_steps=1)
+    out = run_dpo(tiny, tmp_path, "out", **one_by_one)
+    scored, token_logps = [], reference.token_logps
+    monkeypatch.setattr(reference, "token_logps", lambda *a: scored.append(1) or token_logps(*a))
+
+    def again(rows=PAIRS):
+        for name in ("run.json", "metrics.jsonl", "model.safetensors"):
+            (out / name).unlink()
+        scored.clear()
+        row = metrics(run_dpo(tiny, tmp_path, "out", rows=rows, **one_by_one))[0]
+        assert row["rewards/chosen"] == 0.0 and row["loss"] == torch.tensor(2.0).log().item()
+        return len(scored)
+
+    assert again() == 0
+    lines = [json.loads(line) for line in (out / "ref_logps.jsonl").read_text().splitlines()]
+    lines[2]["logps"][0] -= 900.0
+    (out / "ref_logps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"ke')
+    assert again() == 1 and "2 damaged lines" in capsys.readouterr().out
+    (out / "ref_logps.jsonl").write_text("")
+    assert again() == len(PAIRS)
+    assert again([{**PAIRS[0], "chosen": [{"role": "assistant", "content": "new"}]}, *PAIRS[1:]]) == 1
+
+
+def test_scoring_the_reference_stops_and_goes_on(tiny, tmp_path, monkeypatch):
+    straight = run_dpo(tiny, tmp_path, "straight", max_steps=4, per_device_train_batch_size=1)
+    scored, token_logps = [], reference.token_logps
+    monkeypatch.setattr(reference, "token_logps", lambda *a: scored.append(1) or token_logps(*a))
+    for _ in range(4):  # time is up after every batch of the reference, then after every step
+        with shutdown.listening(max_time=1e-9), pytest.raises(Stopped):
+            run_dpo(tiny, tmp_path, "out", max_steps=4, per_device_train_batch_size=1)
+    assert len(scored) == 4 and not (tmp_path / "out" / "metrics.jsonl").exists()
+    out = run_dpo(tiny, tmp_path, "out", max_steps=4, per_device_train_batch_size=1)
+    assert len(scored) == 4
+    assert_same_weights(straight, out)
+
+
+def test_damaged_or_missing_best_weights_are_set_aside(tiny, tmp_path, capsys):
+    file = str(write_rows(tmp_path / "eval.jsonl", DEMOS[:4]))
+    settings = dict(eval_steps=1, eval_file=[file], learning_rate=0.3, save_steps=6,
+                    per_device_train_batch_size=4)
+    out = run_sft(tiny, tmp_path, "out", max_steps=6, **settings)
+    (best,) = out.glob("best-*")
+    data = bytearray((best / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (best / "model.safetensors").write_bytes(data)
+    (out / "run.json").write_text((out / "run.json").read_text().replace('"finished": true',
+                                                                         '"finished": false'))
+    run_sft(tiny, tmp_path, "out", max_steps=6, **settings)
+    assert "exporting the last weights instead" in capsys.readouterr().out
+    assert (out / f"damaged-{best.name}").is_dir()
+    assert json.loads((out / "run.json").read_text())["best_step"] is None
+
+
+def test_a_first_evaluation_of_nan_is_not_the_best(tiny, tmp_path):
+    state = TrainState(step=1)
+    best = BestWeights(SFTConfig(str(tiny), ["f"], str(tmp_path)), None, None)
+    best.keep(float("nan"), state)
+    assert state.best_step is None and not list(tmp_path.iterdir())
+
+
+def test_resuming_an_older_step_keeps_what_it_writes_next(tiny, tmp_path, capsys):
+    settings = dict(save_steps=2, save_total_limit=2, per_device_train_batch_size=2)
+    straight = run_sft(tiny, tmp_path, "straight", max_steps=8, **settings)
+    out = run_sft(tiny, tmp_path, "out", max_steps=4, **settings)
+    run_sft(tiny, tmp_path, "out", max_steps=8, resume_from_checkpoint=str(out / "checkpoint-2"),
+            **settings)
+    assert "superseded-checkpoint-4" in capsys.readouterr().out
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    assert_same_weights(straight, out)
+
+
+def test_a_damaged_older_checkpoint_is_set_aside_in_rotation(tiny, tmp_path):
+    settings = dict(save_steps=2, save_total_limit=3, per_device_train_batch_size=2)
+    out = run_sft(tiny, tmp_path, "out", max_steps=4, **settings)
+    (out / "checkpoint-2" / "trainer_state.json").write_text("{")
+    run_sft(tiny, tmp_path, "out", max_steps=6, **settings)
+    assert (out / "damaged-checkpoint-2").is_dir() and (out / "checkpoint-6").is_dir()
+
+
+def test_a_finished_run_says_so(tiny, tmp_path):
+    run_sft(tiny, tmp_path, "out", max_steps=1)
+    with pytest.raises(Finished, match="this run is finished; train longer with"):
+        run_sft(tiny, tmp_path, "out", max_steps=1)
+
+
+def test_an_input_inside_the_output_directory_is_refused(tiny, tmp_path):
+    out = run_sft(tiny, tmp_path, "out", max_steps=2, save_steps=2)
+    file = [str(tmp_path / "out.jsonl")]
+    with pytest.raises(InputError, match="is an input and lies in --output_dir"):
+        sft.main(SFTConfig(str(out / "checkpoint-2"), file, str(out), overwrite_output_dir=True,
+                           **{**QUIET, "max_steps": 1}))
+    assert (out / "checkpoint-2").is_dir() and (out / "model.safetensors").is_file()
+
+
+def test_a_run_that_fails_before_its_inputs_are_read_claims_nothing(tiny, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        sft.main(SFTConfig(str(tiny), [str(tmp_path / "none.jsonl")], str(tmp_path / "out"), **QUIET))
+    assert not (tmp_path / "out").exists()
