@@ -194,7 +194,7 @@ class PagedCache:
         return paged_attention(q, keys, values, step.table, window, scale)
 
     def _full(self) -> np.ndarray:
-        """Of every active row whether all its own pages are full, or it has none yet."""
+        """For each active row: True if it needs a new page, or it has none yet."""
         return (self.lengths - self.starts)[: len(self.rows)] % PAGE == 0
 
     def _take_page(self, region: _Region, holder: CachedPrompt | _Row) -> None:

@@ -75,9 +75,9 @@ class TrainConfig:
     per_device_train_batch_size: int = 8
     """Rows (SFT) or pairs (DPO) in one forward pass of one process."""
     max_tokens_per_batch: int = 0
-    """Instead: as many rows or pairs in one forward pass as fit this many tokens; 0: off."""
+    """Token budget per forward; replaces per_device_train_batch_size. 0: off."""
     per_device_eval_batch_size: int = 8
-    """The same for the evaluation loss."""
+    """Rows or pairs in one forward pass of the evaluation."""
     gradient_accumulation_steps: int = 1
     """Forward passes to one optimizer step."""
     gradient_checkpointing: bool = False
@@ -85,7 +85,7 @@ class TrainConfig:
     checkpoint_policy: Literal["block", "mlp"] = "block"
     """What gradient_checkpointing recomputes: all of a layer, or what is behind its attention."""
     torch_compile: bool = False
-    """Compile the layers first: faster steps, another rounding; needs a C++ compiler on a CPU."""
+    """Compile the layers first: faster steps, rounded differently; needs a C++ compiler on a CPU."""
     logging_steps: int = 10
     """Steps between two rows of metrics.jsonl."""
     eval_steps: int = 0
@@ -99,7 +99,7 @@ class TrainConfig:
     max_time: float = 0.0
     """Minutes after which the run saves and ends, to be continued; 0: no limit."""
     max_skipped_steps: int = 10
-    """Steps with a gradient that is not finite are skipped; more of them end the run."""
+    """Skipped (non-finite) steps that are allowed before the run ends as diverged."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several GPUs: a whole model on each, or (fsdp) a part of everything on each."""
     ddp_timeout: float = 1800.0

@@ -116,7 +116,7 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
                       "--gradient_accumulation_steps), or add --gradient_checkpointing True. Sampling "
                       "and evaluation: lower --per_device_batch_size")
     except KeyboardInterrupt:
-        _exit(STOPPED, "interrupted: the same command resumes where it stopped")
+        _exit(STOPPED, "interrupted; give the same command again")
 
 
 def _exit(status: int, message: str) -> None:

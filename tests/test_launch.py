@@ -93,7 +93,7 @@ def test_settings_that_cannot_work_are_refused(flags, message):
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), FAILED,
      "error: out of memory"),
     (RuntimeError("Connection closed by peer"), FAILED, "error: rank 0: another rank has died"),
-    (KeyboardInterrupt(), STOPPED, "interrupted: the same command resumes"),
+    (KeyboardInterrupt(), STOPPED, "interrupted; give the same command again"),
 ], ids=repr)
 def test_every_end_is_one_line_and_a_status(capsys, ends, status, said):
     """The statuses are those of docs/faults.md."""

@@ -40,11 +40,11 @@ VARIABLES = {"messages": TALK, "add_generation_prompt": True}
     ("{{ range(10 ** 9) | list }}", "too big|too much|Overflow"),
 ])
 def test_a_hostile_template_is_stopped_and_the_next_one_renders(monkeypatch, template, message):
-    monkeypatch.setattr(chat_template, "SECONDS", 2.0)
+    monkeypatch.setattr(chat_template, "SECONDS", 5.0)
     started = time.monotonic()
     with pytest.raises(InputError, match=message):
         chat_template.render(template, VARIABLES)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     assert chat_template.render("{{ messages[0]['content'] }}", VARIABLES) == "hi"
 
 

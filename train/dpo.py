@@ -11,7 +11,7 @@ In:   pairs.jsonl (or TRL rows: prompt/chosen/rejected, strings or message lists
 Out:  a model in Hugging Face layout, metrics.jsonl, run.json, checkpoint-N/
 
     python train/dpo.py --model_name_or_path out/sft --train_file pairs.jsonl --output_dir out/dpo
-    torchrun --nproc_per_node 8 train/dpo.py --config runs/x.yaml
+    torchrun --nproc_per_node 8 train/dpo.py --config runs/smollm2_math_cpu.yaml
 """
 
 import torch
@@ -22,15 +22,16 @@ from srit.config import DPOConfig
 from srit.data.batch_sampler import BatchSampler, eval_batches
 from srit.data.batches import Batch, Pair, collate_pairs
 from srit.data.examples import read_pairs
-from srit.losses import linear_dpo, trained_hidden
+from srit.kernels.fused_linear_loss import linear_dpo
+from srit.losses import trained_hidden
 from srit.models import Decoder
 from srit.models.load import model_files
 from srit.models.lora import disabled
 from srit.runtime.distributed import all_reduce_sum
 from srit.runtime.run_dir import Run
-from srit.training.fsdp import scoring
+from srit.training.fsdp import evaluating
 from srit.training.metrics import MetricsLog
-from srit.training.optimizer import accumulate, learning_rate, make_adamw, optimizer_step
+from srit.training.optimizer import learning_rate, make_adamw, optimizer_step, sync_on_last
 from srit.training.reference import ReferenceLogps
 from srit.training.saving import Checkpoints
 from srit.training.setup import add_adapter_and_shard, load_student, read_rows
@@ -41,18 +42,19 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "
 
 def compute_loss(model: Decoder, batch: Batch, cfg: DPOConfig,
                  scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """scale * the sum of the pairs' losses, and the sums of METRICS over the pairs, (7,)."""
+    """scale * the sum of the pairs' losses, and the sums of METRICS over the pairs."""
     ref_hidden = None
     if batch.ref_logps is None:  # then the reference is the model with its adapter switched off
         with disabled(model), torch.no_grad():
             ref_hidden = trained_hidden(model, batch)
-    loss, pairs = linear_dpo(
+    # Chunk by chunk: logits -> log-probs -> dpo_loss (kernels/preference_loss.py) -> gradients.
+    loss, stats = linear_dpo(
         trained_hidden(model, batch), model.head_weight, batch.targets, batch.cu_targets,
         batch.ref_logps, ref_hidden=ref_hidden, beta=cfg.beta, loss_type=cfg.loss_type,
         label_smoothing=cfg.label_smoothing, rpo_alpha=cfg.rpo_alpha or 0.0, scale=scale)
-    chosen, rejected = pairs.chosen_rewards, pairs.rejected_rewards
-    metrics = torch.stack([pairs.losses, chosen, rejected, (chosen > rejected).float(),
-                           chosen - rejected, pairs.chosen_logps, pairs.rejected_logps])
+    chosen, rejected = stats.chosen_rewards, stats.rejected_rewards
+    metrics = torch.stack([stats.losses, chosen, rejected, (chosen > rejected).float(),
+                           chosen - rejected, stats.chosen_logps, stats.rejected_logps])
     return loss, metrics.sum(1)
 
 
@@ -60,7 +62,7 @@ def evaluate(model: Decoder, held_out: list[Pair], cfg: DPOConfig,
              device: torch.device) -> dict[str, float]:
     """Every metric on the held-out pairs, each pair weighing the same."""
     sums = torch.zeros(len(METRICS), device=device)
-    with scoring(model):
+    with evaluating(model):
         size = cfg.per_device_eval_batch_size
         for batch, weight in eval_batches(held_out, collate_pairs, size, device):
             sums += weight * compute_loss(model, batch, cfg)[1]
@@ -72,7 +74,7 @@ def main(cfg: DPOConfig) -> None:
     run = Run("dpo", cfg)
     model, tokenizer, max_length = load_student(run)
     train, held_out = read_rows(run, read_pairs, tokenizer, max_length, cfg.parse_special_tokens)
-    run.claim(model_files(cfg.model_name_or_path))
+    run.claim(model_files(cfg.model_name_or_path))  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_pairs, cfg)
     reference = ReferenceLogps(model, cfg, run.device)
     add_adapter_and_shard(model, cfg, run.device)  # a new adapter is zero: still the reference
@@ -81,13 +83,13 @@ def main(cfg: DPOConfig) -> None:
     optimizer, total = make_adamw(model, cfg), sampler.total_steps
     checkpoints = Checkpoints(cfg, model, optimizer, tokenizer)
     state = checkpoints.resume(run, total, sampler.step_size, reference.hash)
-    log = MetricsLog(cfg.output_dir, state, cfg.max_skipped_steps)
     run.say(f"{total} steps, {sampler.steps_per_epoch} an epoch")
+    log = MetricsLog(cfg.output_dir, state, cfg.max_skipped_steps)
 
     for step in range(state.step, total):
         pairs = sampler.step_items(step)  # on all ranks
         sums = torch.zeros(len(METRICS), device=run.device)
-        for batch, weight in accumulate(model, sampler.micro_batches(step, run.device)):
+        for batch, weight in sync_on_last(model, sampler.micro_batches(step, run.device)):
             loss, metrics = compute_loss(model, batch, cfg, scale=weight / len(pairs))
             loss.backward()
             sums += weight * metrics
@@ -95,13 +97,14 @@ def main(cfg: DPOConfig) -> None:
         rate = learning_rate(step, total, cfg)
         grad_norm, finite = optimizer_step(model, optimizer, rate, cfg.max_grad_norm, loss=sums[0])
 
+        state.advance(pairs)
         log.add(dict(zip(METRICS, sums, strict=True)), grad_norm, len(pairs), pairs, finite)
-        scores, last = {}, state.step == total
+        eval_metrics, last = {}, state.step == total
         if held_out and (last or state.step % (cfg.eval_steps or sampler.steps_per_epoch) == 0):
-            scores = evaluate(model, held_out, cfg, run.device)
-            checkpoints.best.keep(scores["eval_loss"], state)
-        if scores or last or state.step % cfg.logging_steps == 0:
-            log.write(rate, state.step / sampler.steps_per_epoch, scores)
+            eval_metrics = evaluate(model, held_out, cfg, run.device)
+            checkpoints.best.keep(eval_metrics["eval_loss"], state)
+        if eval_metrics or last or state.step % cfg.logging_steps == 0:
+            log.write(rate, state.step / sampler.steps_per_epoch, eval_metrics)
         checkpoints.save_if_due(state, log)
 
     files = checkpoints.finish(state, log)

@@ -10,7 +10,7 @@ In:   question files; the data sets named by in_domain are pooled apart from the
 Out:  results.json, generations.jsonl (one graded row per question and sample), run.json
 
     python train/eval.py --model_name_or_path M --eval_file a.jsonl b.jsonl --output_dir out/eval
-    torchrun --nproc_per_node 8 train/eval.py --config runs/x.yaml
+    torchrun --nproc_per_node 8 train/eval.py --config runs/smollm2_math_cpu.yaml
 """
 
 import json
@@ -49,6 +49,7 @@ def main(cfg: EvalConfig) -> None:
             files[file][f"accuracy_{key}"] = sum(r[f"correct_{key}"] for r in own) / len(own)
         run.counts.append(Counts(file))
         run.counts[-1].use(files[file]["n"])
+    run.say(*run.counts)
     results = {
         "model": cfg.model_name_or_path, "prompt_style": cfg.prompt_style,
         "scoring": cfg.scoring, "temperature": cfg.temperature, "files": files,

@@ -10,7 +10,7 @@ In:   demonstrations (or TRL rows: prompt/completion, messages)
 Out:  a model in Hugging Face layout, metrics.jsonl, run.json, checkpoint-N/
 
     python train/sft.py --model_name_or_path M --train_file demos.jsonl --output_dir out/sft
-    torchrun --nproc_per_node 8 train/sft.py --config runs/x.yaml
+    torchrun --nproc_per_node 8 train/sft.py --config runs/smollm2_math_cpu.yaml
 """
 
 import torch
@@ -21,14 +21,15 @@ from srit.config import SFTConfig
 from srit.data.batch_sampler import BatchSampler, eval_batches
 from srit.data.batches import Batch, Example, collate_examples
 from srit.data.examples import read_sft
-from srit.losses import linear_nll, token_logps, trained_hidden
+from srit.kernels.fused_linear_loss import linear_nll
+from srit.losses import token_logps, trained_hidden
 from srit.models import Decoder
 from srit.models.load import model_files
 from srit.runtime.distributed import all_reduce_sum
 from srit.runtime.run_dir import Run
-from srit.training.fsdp import scoring
+from srit.training.fsdp import evaluating
 from srit.training.metrics import MetricsLog
-from srit.training.optimizer import accumulate, learning_rate, make_adamw, optimizer_step
+from srit.training.optimizer import learning_rate, make_adamw, optimizer_step, sync_on_last
 from srit.training.saving import Checkpoints
 from srit.training.setup import add_adapter_and_shard, load_student, read_rows
 
@@ -36,21 +37,23 @@ METRICS = ("loss", "entropy", "mean_token_accuracy")
 
 
 def compute_loss(model: Decoder, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
-    """scale * the sum of −log π over the trained tokens, and the sums of METRICS over them, (3,)."""
-    loss, tokens = linear_nll(trained_hidden(model, batch), model.head_weight, batch.targets,
-                              scale=scale, return_stats=True)
-    return loss, torch.stack([-tokens.logps.sum(), tokens.entropy.sum(), tokens.correct.sum()])
+    """scale * the sum of −log π over the trained tokens, and the sums of METRICS over them."""
+    loss, stats = linear_nll(trained_hidden(model, batch), model.head_weight, batch.targets,
+                             scale=scale, return_stats=True)
+    return loss, torch.stack([-stats.logps.sum(), stats.entropy.sum(), stats.correct.sum()])
 
 
-def evaluate(model: Decoder, held_out: list[Example], batch_size: int, device: torch.device) -> float:
+def evaluate(model: Decoder, held_out: list[Example], cfg: SFTConfig,
+             device: torch.device) -> dict[str, float]:
     """Mean negative log-likelihood of the trained tokens, each token weighing the same."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll, tokens
-    with scoring(model):
-        for batch, weight in eval_batches(held_out, collate_examples, batch_size, device):
+    with evaluating(model):
+        size = cfg.per_device_eval_batch_size
+        for batch, weight in eval_batches(held_out, collate_examples, size, device):
             sums[0] -= weight * token_logps(model, batch).sum()
             sums[1] += weight * len(batch.targets)
     nll, tokens = all_reduce_sum(sums).tolist()
-    return nll / tokens
+    return {"eval_loss": nll / tokens}
 
 
 def main(cfg: SFTConfig) -> None:
@@ -58,23 +61,23 @@ def main(cfg: SFTConfig) -> None:
     model, tokenizer, max_length = load_student(run)
     train, held_out = read_rows(run, read_sft, tokenizer, max_length, cfg.prompt_style,
                                 cfg.filter_demos, cfg.parse_special_tokens)
-    run.claim(model_files(cfg.model_name_or_path))
+    run.claim(model_files(cfg.model_name_or_path))  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_examples, cfg, bin_tokens=max_length if cfg.packing else 0)
     add_adapter_and_shard(model, cfg, run.device)
 
     optimizer, total = make_adamw(model, cfg), sampler.total_steps
     checkpoints = Checkpoints(cfg, model, optimizer, tokenizer)
     state = checkpoints.resume(run, total, sampler.step_size)
-    log = MetricsLog(cfg.output_dir, state, cfg.max_skipped_steps)
     run.say(f"{total} steps, {sampler.steps_per_epoch} an epoch, "
             f"{sum(e.num_tokens for e in train):,} tokens, "
             f"{sum(e.num_trained for e in train):,} of them trained")
+    log = MetricsLog(cfg.output_dir, state, cfg.max_skipped_steps)
 
     for step in range(state.step, total):
         examples = sampler.step_items(step)  # on all ranks
         num_trained = sum(example.num_trained for example in examples)
         sums = torch.zeros(len(METRICS), device=run.device)
-        for batch, weight in accumulate(model, sampler.micro_batches(step, run.device)):
+        for batch, weight in sync_on_last(model, sampler.micro_batches(step, run.device)):
             loss, metrics = compute_loss(model, batch, scale=weight / num_trained)
             loss.backward()
             sums += weight * metrics
@@ -82,13 +85,14 @@ def main(cfg: SFTConfig) -> None:
         rate = learning_rate(step, total, cfg)
         grad_norm, finite = optimizer_step(model, optimizer, rate, cfg.max_grad_norm, loss=sums[0])
 
+        state.advance(examples)
         log.add(dict(zip(METRICS, sums, strict=True)), grad_norm, num_trained, examples, finite)
-        scores, last = {}, state.step == total
+        eval_metrics, last = {}, state.step == total
         if held_out and (last or state.step % (cfg.eval_steps or sampler.steps_per_epoch) == 0):
-            scores["eval_loss"] = evaluate(model, held_out, cfg.per_device_eval_batch_size, run.device)
-            checkpoints.best.keep(scores["eval_loss"], state)
-        if scores or last or state.step % cfg.logging_steps == 0:
-            log.write(rate, state.step / sampler.steps_per_epoch, scores)
+            eval_metrics = evaluate(model, held_out, cfg, run.device)
+            checkpoints.best.keep(eval_metrics["eval_loss"], state)
+        if eval_metrics or last or state.step % cfg.logging_steps == 0:
+            log.write(rate, state.step / sampler.steps_per_epoch, eval_metrics)
         checkpoints.save_if_due(state, log)
 
     files = checkpoints.finish(state, log)

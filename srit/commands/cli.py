@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from srit.runtime.outcome import BAD_INPUT
+
 COMMANDS = {
     "run": ("the whole method from one recipe", "srit.commands.run", "RunConfig"),
     "report": ("HTML and Markdown report of a run", "srit.commands.report", "ReportConfig"),
@@ -25,7 +27,10 @@ def main() -> None:
     if name not in COMMANDS:
         print("usage: srit COMMAND [--help]\n")
         print("\n".join(f"  {key:8} {text}" for key, (text, _, _) in COMMANDS.items()))
-        sys.exit(0 if name in ("--help", "-h") else f"error: unknown command '{name}'")
+        if name not in ("--help", "-h"):
+            print(f"error: unknown command '{name}'", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        sys.exit()
     _, module_name, config_name = COMMANDS[name]
     module = importlib.import_module(module_name)
     from srit.launch import run

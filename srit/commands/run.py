@@ -110,9 +110,8 @@ def _wait(child: subprocess.Popen) -> int | None:
 
 def main(cfg: RunConfig) -> None:
     recipe = read_recipe(cfg.config)
-    for key in ("output_dir", "seed", "device"):
-        if getattr(cfg, key) is not None:
-            recipe[key] = getattr(cfg, key)
+    given = {"output_dir": cfg.output_dir, "seed": cfg.seed, "device": cfg.device}
+    recipe |= {key: value for key, value in given.items() if value is not None}
     plan = stages(recipe)
     for stage in plan:
         stage_config(stage)

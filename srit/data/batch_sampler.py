@@ -51,10 +51,10 @@ class BatchSampler(Generic[Item]):
                 for batch in self._indices(step, rank) for i in batch]
 
     def micro_batches(self, step: int, device: torch.device) -> Iterator[tuple[Batch, float]]:
-        """This rank's micro-batches and their weight, 1.
+        """This rank's micro-batches, with weight 1, padded with fillers of weight 0.
 
-        Where this rank has none left but another one does, it gets the other's with weight 0: in a
-        sharded model every rank has to join every forward.
+        In a sharded model every rank must join every forward: a rank that has none left while another
+        has one gets that one as filler.
         """
         ranks = [self._indices(step, rank) for rank in range(self.world_size)]
         for turn in zip(*ranks, strict=True):

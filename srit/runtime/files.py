@@ -15,7 +15,7 @@ class InputError(Exception):
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Hex SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(2**20):

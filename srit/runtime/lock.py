@@ -37,7 +37,7 @@ def lock(directory: Path) -> TextIO:
         print(f"warning: {directory} is on a file system without locks ({error.strerror}): nothing "
               "keeps a second process from writing there", file=sys.stderr)
     handle.truncate(0)
-    command = re.sub(r"://[^\s/@]*@", "://", " ".join(sys.argv))[:2000]  # no password of a URL
+    command = re.sub(r"://\S*@", "://", " ".join(sys.argv))[:2000]  # no password of a URL
     handle.write(f"process {os.getpid()} on {socket.gethostname()}, {command}\n")
     handle.flush()
     return handle

@@ -18,7 +18,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from srit.data.batches import Example, Pair
 from srit.models import Decoder
 from srit.runtime import distributed
 from srit.runtime.files import InputError, atomic_write, fsync_tree, rename_over, sha256
@@ -59,6 +60,11 @@ class TrainState:
     inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file that is read
     log: dict[str, Any] = field(default_factory=dict)  # what MetricsLog has not written yet
     format: int = FORMAT
+
+    def advance(self, items: Sequence[Example | Pair]) -> None:
+        """One optimizer step further, which was trained on `items`."""
+        self.step += 1
+        self.num_tokens += sum(item.num_tokens for item in items)
 
 
 def _training_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -178,8 +184,8 @@ def load_checkpoint(directory: Path, model: Decoder,
             raise InputError(f"{directory}: no tensor {name} of shape {tuple(tensor.shape)}; the "
                              "checkpoint is another model's")
     if extra := [name for name in known if name not in wanted and not name.startswith("rng.")]:
-        raise InputError(f"{directory}: tensor {extra[0]} is none of this model's; the checkpoint "
-                         "is another model's")
+        raise InputError(f"{directory}: tensor {extra[0]} was not expected: the checkpoint is "
+                         "another model's")
     try:
         dcp.load(wanted, storage_reader=reader, no_dist=distributed.world_size() == 1)
     except CheckpointException as error:

@@ -38,7 +38,7 @@ def shard(model: Decoder, device: torch.device) -> None:
 
 
 @contextmanager
-def scoring(model: Decoder) -> Iterator[None]:
+def evaluating(model: Decoder) -> Iterator[None]:
     """Forward passes without gradients: evaluation mode, then training mode again.
 
     Without a backward FSDP would leave the head gathered, so it is resharded at the end.

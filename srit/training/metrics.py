@@ -50,16 +50,13 @@ class MetricsLog:
 
     def add(self, sums: Mapping[str, Tensor], grad_norm: Tensor, weight: int,
             items: Sequence[Example | Pair], finite: Tensor) -> None:
-        """Add a step and move `state` on: `sums` over `weight` tokens or pairs, trained on `items`."""
+        """Add the step that `state` is at: `sums` over `weight` tokens or pairs, trained on `items`."""
         for name, value in {**sums, "grad_norm": grad_norm * weight}.items():
             before = self.sums.get(name, 0.0)
             before = before.to(value.device) if isinstance(before, Tensor) else before
             self.sums[name] = before + torch.where(finite, value, 0.0)
         self.weight = self.weight.to(finite.device) + weight * finite
-        tokens = sum(item.num_tokens for item in items)
-        self.tokens += tokens
-        self.state.step += 1
-        self.state.num_tokens += tokens
+        self.tokens += sum(item.num_tokens for item in items)
         self.last_finite = finite
         self.unchecked.append((self.state.step, [item.id for item in items], finite))
         self.bar.update()

@@ -56,8 +56,8 @@ def make_adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
                              eps=cfg.adam_epsilon, fused=True)
 
 
-def accumulate(model: nn.Module, micro_batches: Iterable[Item]) -> Iterator[Item]:
-    """The micro-batches of a step; a sharded model reduces its gradients in the last backward only."""
+def sync_on_last(model: nn.Module, micro_batches: Iterable[Item]) -> Iterator[Item]:
+    """The micro-batches of a step; a sharded model reduces gradients in the last backward only."""
     remaining = iter(micro_batches)
     current = next(remaining, None)
     while current is not None:

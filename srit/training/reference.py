@@ -26,7 +26,7 @@ class ReferenceLogps:
     """Scores pairs with the frozen reference, and keeps the scores in a file.
 
     `hash` identifies the reference: SHA-256 over names, dtypes and bytes of all weights. Make this
-    object while the model still is the reference, before it gets an adapter or is sharded.
+    object before the model gets an adapter or is sharded.
     """
 
     def __init__(self, model: Decoder, cfg: DPOConfig, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class ReferenceLogps:
                         "ref_logps_eval.jsonl")
 
     def _score(self, pairs: Sequence[Pair], batches: Sequence[list[int]], cache_name: str) -> None:
-        """Set `ref_logps` of every pair that `batches`, indices of this rank's pairs, name on any rank.
+        """Score the pairs in `batches` (this rank's indices), and share the scores of all ranks.
 
         `batches` must be the micro-batches of training: matrix products round differently in other
         shapes, and only the same shapes give a margin of exactly 0, and a loss of exactly ln 2, while
@@ -65,7 +65,7 @@ class ReferenceLogps:
         keys = [self._key(pair) for pair in pairs]
         missing = [batch for batch in batches if any(keys[i] not in known for i in batch)]
         todo = distributed.pad_to_longest_rank(missing, [0])
-        with fsdp.scoring(self.model), open(own, "a", encoding="utf-8") as handle:
+        with fsdp.evaluating(self.model), open(own, "a", encoding="utf-8") as handle:
             for indices, weight in tqdm(todo, desc="reference", disable=distributed.rank() != 0,
                                         dynamic_ncols=True):
                 batch = collate_pairs([pairs[i] for i in indices]).to(self.device)
@@ -78,20 +78,20 @@ class ReferenceLogps:
                 if distributed.any_rank(shutdown.requested()):
                     raise Stopped(f"stopped: {cache.parent} has the reference's log-probs so far; the "
                                   "same command goes on from there")
-        table = torch.full((len(pairs), 2), float("nan"))
+        ref_logps = torch.full((len(pairs), 2), float("nan"))
         needed = [i for batch in batches for i in batch]
-        table[needed] = torch.tensor([known[keys[i]] for i in needed]).view(-1, 2)
-        table = _merge_ranks(table.to(self.device)).cpu()
+        ref_logps[needed] = torch.tensor([known[keys[i]] for i in needed]).view(-1, 2)
+        ref_logps = _merge_ranks(ref_logps.to(self.device)).cpu()
         if distributed.rank() == 0 and todo:
             with atomic_write(cache) as handle:
-                for key, values in zip(keys, table.tolist(), strict=True):
+                for key, values in zip(keys, ref_logps.tolist(), strict=True):
                     if values[0] == values[0]:
                         handle.write(_cache_line(key, values))
         distributed.barrier()
         own.unlink()
-        if bad := [pairs[i].id for i in sorted(needed) if not table[i].isfinite().all()]:
+        if bad := [pairs[i].id for i in sorted(needed) if not ref_logps[i].isfinite().all()]:
             raise InputError(f"the reference's log-prob is not finite for {', '.join(bad[:8])}")
-        for pair, values in zip(pairs, table.tolist(), strict=True):
+        for pair, values in zip(pairs, ref_logps.tolist(), strict=True):
             if values[0] == values[0]:  # NaN: no rank has this pair
                 pair.ref_logps = (values[0], values[1])
 

@@ -1,4 +1,4 @@
-"""How a training run starts and ends; the loops themselves are in train/sft.py and train/dpo.py."""
+"""How a training run starts: model, data, adapter, sharding. The loops are in train/."""
 
 import os
 import shutil
@@ -58,8 +58,8 @@ def load_student(run: Run) -> tuple[Decoder, Tokenizer, int]:
     if device.type == "cpu":
         trim_heap_between_layers(model)
     if cfg.max_length > config.max_position_embeddings and distributed.rank() == 0:
-        print(f"max_length {cfg.max_length} is beyond the model's "
-              f"{config.max_position_embeddings} positions, which limit it")
+        print(f"max_length {cfg.max_length} exceeds the model's context; using "
+              f"{config.max_position_embeddings}")
     return model.train(), tokenizer, min(cfg.max_length, config.max_position_embeddings)
 
 

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import question, tiny_checkpoint, write_rows
 
+from srit.generation.rollouts import read_prompts
+from srit.runtime.files import InputError
+from srit.runtime.outcome import BAD_INPUT
+from srit.text.tokenizer import load_tokenizer
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -84,7 +89,7 @@ def test_a_killed_run_ends_with_the_same_bytes(world, whole):
     file.write_bytes(before + b'{"id": "q1", "torn')
     refused = subprocess.run(command(world, output, "--temperature", "0.5"), capture_output=True,
                              text=True)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ")
+    assert refused.returncode == BAD_INPUT and refused.stderr.startswith("error: ")
     assert "temperature" in refused.stderr and "Traceback" not in refused.stderr
     sample(world, output, "--per_device_batch_size", "5")
     assert file.read_bytes() == whole[1]
@@ -102,3 +107,15 @@ def test_overlong_prompts_are_dropped_and_counted(world, tmp_path):
     write_rows(tmp_path / "q.jsonl", [question(0, 1, 2), long])
     printed = sample(world, tmp_path / "o", "--train_file", str(tmp_path / "q.jsonl"))
     assert "4 rows in = 2 used, 2 too long" in printed
+
+
+def test_one_id_in_two_data_sets_is_refused_for_sampling(tmp_path):
+    """Pairs are found by id. An evaluation keeps data sets apart."""
+    tokenizer = load_tokenizer(tiny_checkpoint(tmp_path / "m"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    files = [str(write_rows(tmp_path / name / "train.jsonl", [question(0, 1, n)]))
+             for n, name in enumerate("ab")]
+    assert len(read_prompts(files, ["cot"], tokenizer, None)) == 2
+    with pytest.raises(InputError, match=r"b/train.jsonl: duplicate id 'q0' .*a/train.jsonl"):
+        read_prompts(files, ["cot"], tokenizer, None, one_id_space=True)

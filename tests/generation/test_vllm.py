@@ -17,7 +17,7 @@ from srit.generation import params as ours
 from srit.generation.engine import generate
 from srit.models import load_model
 from srit.runtime import shutdown
-from srit.runtime.outcome import Stopped
+from srit.runtime.outcome import BAD_INPUT, Stopped
 from srit.text.tokenizer import load_tokenizer
 from srit.train import sample
 
@@ -148,4 +148,5 @@ def test_vllm_missing_is_an_error(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit) as end:
         run(world, tmp_path / "o", "--engine", "vllm")
-    assert "vLLM cannot be imported" in str(end.value) and "srit[vllm]" in str(end.value)
+    said = capsys.readouterr().err
+    assert end.value.code == BAD_INPUT and "vLLM cannot be imported" in said and "srit[vllm]" in said

@@ -199,7 +199,8 @@ def test_best_checkpoint_is_the_one_with_the_lowest_eval_loss(tiny, tmp_path):
     assert run["best_step"] == min(losses, key=losses.get)
     examples, _ = read_sft([file], load_tokenizer(str(out)), 256, ["cot"], True)
     model, _ = load_model(str(out))
-    assert sft.evaluate(model, examples, 8, torch.device("cpu")) == pytest.approx(
+    cfg = SFTConfig(str(out), [file], "o")
+    assert sft.evaluate(model, examples, cfg, torch.device("cpu"))["eval_loss"] == pytest.approx(
         min(losses.values()), rel=1e-5)
 
 
@@ -294,6 +295,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(tiny, tmp_path):
             p.grad = torch.ones_like(p)
         model.model.norm.weight.grad[0] = bad
         norm, finite = optimizer_step(model, optimizer, 1e-3, 1.0, loss=torch.tensor(0.5))
+        state.advance(rows)
         log.add({"loss": torch.tensor(0.5)}, norm, 1, rows, finite)
         same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert same == (bad != 1.0)
