@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from srit.commands.demo_data import generate
 from srit.data.questions import check_question
-from srit.grading.answers import numbers, show
+from srit.grading.numerals import numbers, show
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, read_lines, write_jsonl
 from srit.runtime.limits import parse_json

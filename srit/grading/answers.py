@@ -1,27 +1,25 @@
-"""Extract and grade the answer of a completion; the one grader for filtering, pairs and evaluation.
+"""What a completion answers, and whether it is right: the one judge for filters, pairs and evaluation.
 
-strict: the last answer that the text states explicitly ("the answer is 7", "#### 7", "\\boxed{7}").
-flexible: the same, or else the last number (math) or letter (choice) of the text.
+strict: what the text itself calls its answer ("the answer is 7", "#### 7", "\\boxed{7}", "B is the
+correct choice"). A doubt, a second candidate or a question leaves no strict answer.
+flexible: the same; without a clear statement, the last number (math) or letter (choice) of the text.
+
+`plain` removes markup. CUE finds statements. A reader turns the clause of a statement into a string of
+kinds, one letter for each word. Patterns over that string take out what is denied and what only
+explains; what is left is one candidate or none.
 """
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-TOLERANCE = Fraction(1, 10**6)  # relative; 0.6666666666666667 equals 2/3, 0.67 does not
+from srit.grading.numerals import NUMERAL, equal, numbers, plain, read_number, show
 
-NUMBER = re.compile(
-    r"(?<![\w.])(?P<sign>[-+\u2212]\s?)?(?:[$\u20ac\u00a3]\s?)?(?P<inner>[-\u2212])?"
-    r"(?:(?P<whole>\d{1,9}) (?P<num>\d{1,9})/(?P<den>\d{1,9})"
-    r"|(?P<n>\d{1,9}) ?/ ?(?P<d>\d{1,9})"
-    r"|(?P<decimal>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,30}(?:\.\d+)?|\.\d+)(?:[eE](?P<exp>[-+]?\d\d?))?)"
-)
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,9})\}\{(\d{1,9})\}")
-STATED = re.compile(
-    r"\banswer\b[^\n.:=]{0,80}?(?:\bis\b|\bare\b|\bwould be\b|\bwill be\b|:|=)|####|\\boxed\s*\{",
-    re.IGNORECASE)
-CLAUSE_END = re.compile(r"\n|[.!?](?=\s|$)|;")
+LIMIT, MANY = 400, 500  # characters of a sentence that are read; more cues are a loop and state nothing
 
 
 @dataclass(frozen=True)
@@ -34,96 +32,386 @@ class Grade:
     strict_correct: bool
 
 
-def _value(match: re.Match) -> Fraction | None:
-    g = match.groupdict()
-    try:
-        if g["num"]:
-            value = int(g["whole"]) + Fraction(int(g["num"]), int(g["den"]))
-        elif g["n"]:
-            value = Fraction(int(g["n"]), int(g["d"]))
-        else:
-            value = Fraction(g["decimal"].replace(",", "")) * Fraction(10) ** int(g["exp"] or 0)
-    except ZeroDivisionError:
+# ---- from words to kinds ------------------------------------------------------------------------
+# V is a candidate, T one given by the text of an option, X a name that is none (3rd, B12, an unknown
+# letter). Later D marks a candidate that is denied, and _ what explains.
+
+KINDS = {
+    # one of many
+    "F": r"\b(?:if|unless|depend(?:s|ing)|otherwise|or (?:more|less|fewer|above|below))\b",
+    "M": r"\b(?:maybe|perhaps|possibly|at least|at most|up to)\b",  # makes a candidate a possibility
+    "E": r"=|\bequals?\b|\bmakes\b|\bgives\b",
+    "S": r":|—|\b(?:so|which|therefore|thus|hence|that is|ie)\b",  # begins another segment
+    "J": r",|&|\band\b|\bas well as\b",
+    "A": r"\bor\b|\beither\b|\bto\b|\bthrough\b|\bbetween\b",  # alternatives and ranges
+    "O": r"[+×/^<>±≤≥√]|-(?= ?[\d($])|\\[a-z]+"
+         r"|\b(?:plus|minus|times|divided by|multiplied by|sum|product|difference|half|twice|double"
+         r"|triple|out of|over|under|above|below"
+         r"|(?:more|less|fewer|greater|higher|lower|larger|smaller) than)\b",
+    "N": r"\b(?:not|no|none|neither|nor|never|unlikely(?: to)?|(?:rather|other) than|instead of"
+         r"|far from|anything but|rul(?:e|es|ed|ing) out)\b",
+    "W": r"\b(?:wrong|incorrect|false|impossible|out|eliminated)\b",
+    "B": r"\b(?:but|it(?:'s)?|instead)\b",  # ends a denial
+    "Y": r"\b(?:because|since|as|although|though|while|whereas|given)\b",
+    "P": r"\b(?:in|of|for|from|after|at|per|on|that|who|where|when)\b",
+    "I": r"\b(?:is|are|was|were|be|has|have|had|can|could|would|will)\b",
+    "L": r"[(\[]", "R": r"[)\]]", "w": r"[^\W\d_](?:['^-]?\w)*"}
+WORDS = "|".join(f"(?P<{kind}>{pattern})" for kind, pattern in KINDS.items())
+EVERY, ONLY_KEYS, ONLY_TEXTS = (str.maketrans("TX", kinds) for kinds in ("VV", "ww", "Vw"))
+
+
+class Clause(NamedTuple):
+    """A letter for each word; beside it the number or option of a candidate, or None."""
+
+    kinds: str
+    values: list
+
+    def of(self, kind: str) -> list:
+        """The values of one kind."""
+        return [value for each, value in zip(*self, strict=True) if each == kind]
+
+    def split(self, kinds: str) -> list["Clause"]:
+        return [Clause(part[0], self.values[part.start():part.end()])
+                for part in re.finditer(f"[^{kinds}]+", self.kinds)]
+
+    def mark(self, rule: re.Pattern, new: str, old: str = "") -> "Clause":
+        """`new` for each kind `old` (default: any) in the last group of each match, or in all of it."""
+        def put(match: re.Match) -> str:
+            part = match[match.lastindex or 0]
+            changed = part.replace(old, new) if old else new * len(part)
+            return match[0][:len(match[0]) - len(part)] + changed
+        return Clause(rule.sub(put, self.kinds), self.values)
+
+
+Reader = Callable[[str], Clause]
+
+
+def _reader(candidates: str, value: Callable[[re.Match], Any]) -> Reader:
+    pattern = re.compile(f"{candidates}|{WORDS}", re.IGNORECASE)
+
+    def read(text: str) -> Clause:
+        tokens = [(match.lastgroup, value(match) if match.lastgroup in "VT" else None)
+                  for match in pattern.finditer(text)]
+        return Clause("".join(kind for kind, _ in tokens), [value for _, value in tokens])
+
+    return read
+
+
+read_numbers = _reader(
+    rf"(?P<X>\d+(?:st|nd|rd|th)\b|[^\W\d_]+-?\d[\w-]*)|(?P<V>{NUMERAL})", read_number)
+
+# In a choice each name of an option becomes one character: its index above KEY or TEXT.
+KEY, TEXT, UNKNOWN = 0xE000, 0xE400, "\ue800"
+KEYS, TEXTS, WORD = "[\ue000-\ue3ff]", "[\ue400-\ue7ff]", re.compile("[\\w\ue000-\ue800]")
+read_marks = _reader(
+    f"(?P<V>{KEYS})|(?P<T>{TEXTS})|(?P<X>{UNKNOWN})", lambda match: ord(match[0]) % 0x400)
+TITLE = re.compile(rf"({KEYS})\. (?={TEXTS}\W{{0,5}}$)", re.MULTILINE)  # B. River
+LEFT, RIGHT = r"(?<![\w-])(?<!\w')(?<!\d[.,])", r"(?!\w|['-]\w|[.,]\d)"
+# A small letter, "A" and "I" are words, unless nothing follows that an article or a pronoun goes with.
+LETTER = re.compile(
+    rf"{LEFT}(?:[B-HJ-Z]|\d{{1,3}}|[a-zAI](?:(?= ?(?:[])\"'.:,;!?/\x03\n]|$)| (?:because|since|and|or"
+    r"|nor|but|not|if|is|are|was|has|can|could|would|to|through|for|as|with|rather|instead|although"
+    rf"|though|most|more)\b)|(?<=[AI])(?= [(—=-]))){RIGHT}", re.MULTILINE)
+
+
+@lru_cache(1024)
+def _marker(choices: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
+    """A function that puts the characters for keys and option texts into a plain text."""
+    keys, texts = ([plain(name).strip(" .,;:!?\"'\n").casefold() for name in names]
+                   for names in zip(*choices, strict=True))
+    texts = [re.sub("^(?:the|an?) ", "", text) for text in texts]
+    marks: dict[str, str] = {}
+    for first, names in ((KEY, keys), (TEXT, texts)):
+        for mark, name in enumerate(names, first):
+            marks[name] = marks.get(name, "") + chr(mark)
+    long = {*texts, *(key for key in keys if len(key) > 1)} - {"", "answer"}  # "answer" makes cues
+    names = "|".join(map(re.escape, sorted(long, key=len, reverse=True))) or "(?!)"
+    name = re.compile(f"{LEFT}(?:(?:the|an?) )?({names}){RIGHT}", re.IGNORECASE)
+    recital = re.compile(r"\W{1,5}".join([rf"{KEYS}\W{{1,4}}{TEXTS}"] * len(keys)))
+
+    def known(match: re.Match) -> str:
+        unknown = UNKNOWN if re.fullmatch("[B-HJ-Z]", match[0]) else match[0]
+        return marks.get(match[match.lastindex or 0].casefold(), unknown)
+
+    return lambda text: TITLE.sub(r"\1) ", recital.sub(" ", LETTER.sub(known, name.sub(known, text))))
+
+
+# ---- from kinds to one candidate ----------------------------------------------------------------
+
+UNCLEAR, CLASH = object(), object()  # candidates, but not one that can be read; statements that differ
+DENIED = [re.compile(r"N[wPIL]{0,5}V(?:[JALR]{0,3}w?V)*"),  # not 5; none of A, B or C
+          re.compile(r"V(?:R?V|LV+R|R?[JA]+L?V)*[RJ]*Iw?[NW]")]  # B is not; (A) and (B) are wrong
+EXPLAINS = [re.compile(r"(?:V|V[^L]*?[^OEL])(L(?!A?w?V+R)[^LR]*R?)"),  # 18 (3 * 6); but not 5 (or 6)
+            re.compile(r"V.*?(Y.*)"), re.compile(r"^[^VY]*(Y[^VJB]*)")]
+DETAIL = re.compile(r"V.*?(P.*)")  # 18 km in 2 hours
+RATIO = re.compile(r"(?<=V)P(?=V)")  # 1 in 5; 3/4 of 20
+UNDONE = re.compile(r"O.*V")  # 3 * 4
+ONLY = re.compile(r"[AVRLJ]*V[AVRLJ]*")  # 5 (or 6); B: River
+DIRECT = re.compile(r"w?L*V[^IEOS]*(?:S|$)")  # about 28 apples; not: Ben has 28 apples
+LINKED = re.compile(r"V[wR]{0,2}J?A[wPLM]{0,2}V+$|A[wP]?V[wR]?J[wL]?V+$|VR?J{1,2}L?V+$")  # 5 or 6; 5, 6
+
+
+def _same(a: Any, b: Any) -> bool:
+    return equal(a, b) if isinstance(a, Fraction) and isinstance(b, Fraction) else a == b
+
+
+def _one(values: list) -> Any:
+    """The common value; None if there is no value; UNCLEAR if they differ or cannot be read."""
+    if not values:
         return None
-    negative = (g["sign"] or "").strip() in ("-", "\u2212") or g["inner"]
-    return -value if negative else value
+    alike = values[0] is not None and all(_same(value, values[0]) for value in values)
+    return values[0] if alike else UNCLEAR
 
 
-def numbers(text: str) -> list[Fraction]:
-    """All numbers of the text: 1,234.5  $3  -2  3/4  1 1/2  2e3  \\frac{3}{4}."""
-    text = LATEX_FRACTION.sub(r"\1/\2", text)
-    return [value for value in map(_value, NUMBER.finditer(text)) if value is not None]
+def _essence(clause: Clause, candidates: dict) -> Clause:
+    """The clause with what it denies and what only explains marked as such."""
+    clause = Clause(clause.kinds.translate(candidates), clause.values)
+    for rule in DENIED:
+        clause = clause.mark(rule, "D", "V")
+    for rule in EXPLAINS:
+        clause = clause.mark(rule, "_")
+    return clause
 
 
-def _clauses(text: str) -> list[str]:
-    """The rest of the clause after each "the answer is", last one first."""
-    found = []
-    for cue in STATED.finditer(text):
-        rest = text[cue.end() : cue.end() + 200].lstrip(" :*\n")
-        end = CLAUSE_END.search(rest)
-        found.append(rest[: end.start()] if end else rest)
-    return found[::-1]
+def _stated(clause: Clause) -> Any:
+    """The one candidate of a clause; None if there is none; else UNCLEAR."""
+    if "F" in clause.kinds and "V" in clause.kinds:
+        return UNCLEAR
+    found, finished = [], False
+    # A later segment counts if the result is in it, or nothing but a candidate.
+    for segment in clause.split("S"):
+        if not finished:
+            found = _alternatives(segment)
+            finished = bool(found) and not ("O" in segment.kinds and _one(found) is UNCLEAR)
+        elif ONLY.fullmatch(segment.kinds):
+            found += _alternatives(segment)
+    return _one(found)
 
 
-def extract_number(text: str, strict: bool = False) -> Fraction | None:
-    """The number a text answers with; in an equation such as "is 5 + 3 = 8", its right-hand side."""
-    for clause in _clauses(text):
-        found = numbers(clause.rpartition("=")[2]) or numbers(clause)
-        if found:
-            return found[0]
-    if strict:
+def _alternatives(clause: Clause) -> list:
+    return [_equation(part) for part in clause.mark(RATIO, "O").split("JA") if "V" in part.kinds]
+
+
+def _equation(clause: Clause) -> Any:
+    """The bare side of an equation, of a chain the last; None for 3 * 4 and 5 hours = 300 minutes."""
+    if "E" not in clause.kinds:
+        clause = clause.mark(DETAIL, "_")
+    sides = [side for side in clause.split("E") if "V" in side.kinds]
+    bare = [value for side in sides if not UNDONE.search(side.kinds)
+            and (value := _one(side.of("V"))) is not UNCLEAR]
+    if not bare or len(bare) == len(sides) and "w" in sides[0].kinds and _one(bare) is UNCLEAR:
         return None
-    found = numbers(text)
-    return found[-1] if found else None
+    return bare[-1]
 
 
-def extract_letter(text: str, choices: Mapping[str, str], strict: bool = False) -> str | None:
-    """The letter a text answers with. If it names several ("(A) or (B)"), the flexible answer is the
-    first and there is no strict one."""
-    for clause in _clauses(text):
-        letters = _letters(clause, choices)
-        if letters and (len(set(letters)) == 1 or not strict):
-            return letters[0]
-        named = [key for key, value in choices.items()
-                 if re.search(rf"(?<!\w){re.escape(value.lower())}(?!\w)", clause.lower())]
-        if not letters and len(named) == 1:
-            return named[0]
-    if strict:
+def _last(clause: Clause) -> Any:
+    """The last candidate of a sentence, by the same rules; None if there is none; else UNCLEAR."""
+    if "V" not in clause.kinds:
         return None
-    letters = _letters(text, choices)
-    return letters[-1] if letters else None
+    linked = LINKED.search(clause.kinds[:clause.kinds.rindex("V") + 1])
+    if linked:
+        return _one(Clause(linked[0], clause.values[slice(*linked.span())]).of("V"))
+    part = [part for part in clause.split("JASPBY") if "V" in part.kinds][-1]
+    bare = [side for side in part.split("EI") if "V" in side.kinds and not UNDONE.search(side.kinds)]
+    value = bare[-1].of("V")[-1] if bare else None
+    return UNCLEAR if value is None else value
 
 
-def _letters(text: str, choices: Mapping[str, str]) -> list[str]:
-    """Letters used as choices: (B)  B)  B.  option B  B. A bare "A" or "I" may be a word."""
-    keys = "".join(re.escape(key) for key in choices if len(key) == 1)
-    pattern = re.compile(rf"\(([{keys}])\)"
-                         rf"|(?<![\w'])([{keys}])(?=\)|[.,:]?\s*$|[.,:]\s|\s+(?:or|and)\b|\s*\()"
-                         rf"|\b(?:option|choice)\s+([{keys}])\b"
-                         rf"|(?<![\w'])([{keys}])(?![\w'])(?<![AI])")
-    return [next(g for g in match.groups() if g) for match in pattern.finditer(text)]
+# ---- statements ---------------------------------------------------------------------------------
+
+GOOD = r"(?:(?:final|correct|right|best|only|exact|actual|most \w+) )"
+THING = rf"(?:{GOOD}*answers?|{GOOD}+(?:option|choice)s?)\b"
+BE = r"(?:is|are|equals|(?:would|must|should|will|could|might|may|can)(?: not)?(?: \w+)? be)\b"
+GAP = (r"(?: ?\([^()\n]{0,60}\))?"  # the answer (in cm), rounded to 2 decimal places, is
+       r"(?:,? (?:to|for|in|of th(?:e|is)|here|then|therefore|rounded|as|i|we|with)\b"
+       r"(?:\([^()\n]{0,60}\)|\"[^\"\n]{0,200}\"|= ?\?|\.(?=\d)|[^.!?;:=\n()\"]){0,120}?)?,?")
+TAKEN_BACK = (
+    r"(?:^|(?<=[.!?,—] ))(?:(?:oh|ah|but),? )?(?:no[,.!]|wait\b(?! times?\b)|oops\b|hmm+\b|sorry,"
+    r"|actually\b|hold on\b|scratch that\b|on second thought|correction\b)|(?<=[.!?] )or\b"
+    r"|(?:i was wrong|i made a mistake|i forgot|i miscounted|my mistake|can not be (?:right|correct)"
+    r"|(?:that|this)(?:'s| is| was) (?:wrong|incorrect|not (?:right|correct)))\b")
+CUE = re.compile(
+    rf"(?P<box>\x02)|(?<![\w#])(?:(?P<hash>####)(?!#)"
+    rf"|^[# ]*(?P<heading>(?:the )?{GOOD}*answer)$"
+    rf"|(?P<answer>(?P<owner>(?:the|my|our) )?{THING}{GAP} ?(?:{BE}|[:=](?! ?\?)))"
+    rf"|(?P<behind>{BE}(?: not)?(?: \w+ly)? (?:the|my|our) {THING})"
+    rf"|(?P<back>{TAKEN_BACK})"
+    r"|(?<=[,.!:;\n] )(?P<pronoun>(?:so )?(?:it|that)(?:'s| is| must be| should be)\b))",
+    re.IGNORECASE | re.MULTILINE)
+
+CLOSERS = r"[\"')\]$]*"
+SENTENCE_END = re.compile(
+    rf"[.!?;\n](?:(?<=[;\n])|(?<!\?){CLOSERS}(?=\s|$)|(?<=\?){CLOSERS}(?!\s[a-z])(?=\s|$))\s*")
+TURN = r"\b(?:so|but|therefore|thus|hence|then)\b"
+PHRASE, TURN = re.compile(rf"[,;:—]|{TURN}", re.IGNORECASE), re.compile(TURN, re.IGNORECASE)
+OTHER = re.compile(r"\W*(?:or|and|if|unless)\b", re.IGNORECASE)  # A is the best choice, or B
+CONCLUDES = re.compile(
+    r"\b(?:so|therefore|thus|hence|final(?:ly)?|overall|in conclusion)\b", re.IGNORECASE)
+POSSIBLE = re.compile(
+    r"\b(?:could|might|may|can)\b(?! not)|\b(?:maybe|perhaps|possibly)\b", re.IGNORECASE)
+# A cue states nothing in a phrase with a word of VOID, behind one of OTHERS or before one of METHOD.
+VOID = re.compile(r"\b(?:if|suppos(?:e|ing)|assum(?:e|ing)|imagine|whether|unless|let|wrong|doubt|not"
+                  r"|never)\b|^\W*(?:is|what|which|how)\b|\b(?:to|us) \w+ $", re.IGNORECASE)
+OTHERS = re.compile(
+    r"(?:\b(?:(?:think|say|claim|believe|guesse|tell)s|thought|said|claimed|believed|guessed|told"
+    r"|(?:people|they|students|some|many|most|others|you|one) (?:\w+ )?"
+    r"(?:think|say|claim|believe|guess))"
+    r"(?: \w+)?(?: that)?|\baccording to [^,]{1,40})\W*$", re.IGNORECASE)
+METHOD = re.compile(
+    r"\W*(?:found|obtained|calculated|computed|given|derived|determined|reached|based|worth|by"
+    r"|(?:in|on) (?:page|line|step|part|section))\b", re.IGNORECASE)
 
 
-def equal(a: Fraction, b: Fraction) -> bool:
-    return abs(a - b) <= TOLERANCE * max(abs(a), abs(b))
+class Text:
+    """A plain text, its sentences and its cues."""
 
+    def __init__(self, text: str, read: Reader) -> None:
+        self.text, self.read, self.cues = text, read, list(CUE.finditer(text))
+        self.cues = self.cues if len(self.cues) <= MANY else []
+        ends = list(SENTENCE_END.finditer(text))
+        self.starts = [0, *(end.end() for end in ends)]
+        self.ends = [*(end.start() for end in ends), len(text)]
+        self.bounds = [*(cue.start() for cue in self.cues if cue.lastgroup != "pronoun"), len(text)]
 
-def show(value: Fraction | None) -> str | None:
-    """A number as text, such as 7 or 0.75."""
-    if value is None:
+    def answer(self) -> tuple[Any, int]:
+        """What the text states in the end (a candidate, UNCLEAR, CLASH or None), and where the text
+        behind the last withdrawal begins."""
+        answer, since, behind, end = None, 0, 0, 0
+        for cue in self.cues:
+            if cue.lastgroup == "back":
+                if answer is not None:
+                    answer, since, end = None, cue.end(), 0
+            elif cue.lastgroup != "pronoun" or since and answer is None:
+                concludes = bool(CONCLUDES.search(self._lead(cue, behind) + cue[0]))
+                inside = cue.start() < end and not concludes  # the clause of the statement before
+                if not inside and (statement := self._statement(cue)):
+                    found, denied, end = statement
+                    answer, behind = _settle(answer, found, denied, concludes), cue.end()
+        return answer, since
+
+    def last(self, since: int) -> Any:
+        """The last candidate behind a place: a number or letter, or else the text of an option."""
+        for candidates in (ONLY_KEYS, ONLY_TEXTS):
+            for start, end in zip(self.starts[:-MANY:-1], self.ends[:-MANY:-1], strict=True):
+                if end <= since:
+                    break
+                sentence = self.text[max(start, since, end - LIMIT):end]
+                if end - max(start, since) > LIMIT:
+                    sentence = sentence.partition(" ")[2]
+                words = self.read(sentence)
+                if not re.search("[VT]", words.kinds):
+                    continue
+                found = _last(_essence(words, candidates))
+                if found is not None:
+                    return found
         return None
-    return str(value.numerator) if value.denominator == 1 else repr(float(value))
+
+    def _sentence(self, place: int) -> int:
+        return bisect_right(self.starts, place) - 1
+
+    def _lead(self, cue: re.Match, behind: int = 0) -> str:
+        """What stands before a cue in its sentence."""
+        start = self.starts[self._sentence(cue.start())]
+        return self.text[max(start, behind, cue.start() - LIMIT):cue.start()]
+
+    def _statement(self, cue: re.Match) -> tuple[Any, list, int] | None:
+        """What a cue states: the candidate (or None or UNCLEAR), what is denied, the end of the clause.
+
+        None if it states nothing, as in a question, a supposition or the head of a solution.
+        """
+        kind, place, here = cue.lastgroup, cue.end(), self._sentence(cue.end())
+        below = kind in ("answer", "heading") and not WORD.search(self.text, place, self.ends[here])
+        if below and here + 1 < len(self.starts):
+            place, here = self.starts[here + 1], here + 1
+        end = self.ends[here]
+        clause = self._clause(cue, self.text[place:min(end, place + LIMIT + 1)])
+        asked = self.text[end:end + 1] == "?"
+        if clause is None or len(clause) > LIMIT or asked or self._void(cue, clause):
+            return None
+        words = self.read(clause.strip())
+        if kind == "hash" and not re.match("L*[VT]", words.kinds):
+            return None
+        essence = _essence(words, EVERY)
+        label = below or kind == "answer" and cue[0].endswith(":")
+        if label and self._opens_solution(essence, end, below):
+            return None
+        found, denied = _stated(essence), essence.of("D")
+        possible = POSSIBLE.search(self._phrase(cue) + " " + cue[0]) or "M" in essence.kinds
+        if found is None and not denied or possible and found not in (None, UNCLEAR):
+            return None
+        return found, denied, end
+
+    def _phrase(self, cue: re.Match) -> str:
+        return PHRASE.split(self._lead(cue))[-1]
+
+    def _clause(self, cue: re.Match, clause: str) -> str | None:
+        """The words that a cue points to; None if a box is cut."""
+        if cue.lastgroup == "behind":
+            verb = re.split(" (?:the|my|our) ", cue[0])[0]
+            return TURN.split(self._lead(cue))[-1] + verb + (clause if OTHER.match(clause) else "")
+        if cue.lastgroup == "box" or "\x02" in clause:
+            start = 0 if cue[0] == "\x02" else clause.find("\x02") + 1
+            inside, closed, _ = clause[start:].rpartition("\x03")
+            return inside if closed else None
+        return f"not {clause}" if " not " in cue[0] else clause
+
+    def _void(self, cue: re.Match, clause: str) -> bool:
+        """Whether a cue states nothing: supposed, somebody else's, or about the way to the answer."""
+        lead, phrase = self._lead(cue), self._phrase(cue)
+        foreign = cue.lastgroup == "answer" and not cue["owner"] and WORD.search(phrase)
+        doubted = cue.lastgroup != "box" and VOID.search(phrase)
+        return bool(foreign or doubted or OTHERS.search(lead) or METHOD.match(clause))
+
+    def _opens_solution(self, clause: Clause, end: int, below: bool) -> bool:
+        """Whether more candidates follow a label: "Answer: Ben has 16. He wins 12 more"."""
+        rest = self.text[end:min(self.bounds[bisect_left(self.bounds, end)], end + LIMIT)]
+        if DIRECT.match(clause.kinds):
+            rest = rest.partition("\n\n")[0] if below else ""
+        return bool(re.search("[VT]", self.read(rest).kinds))
+
+
+def _settle(answer: Any, found: Any, denied: list, concludes: bool) -> Any:
+    """The answer after one more statement."""
+    if found is None:  # it only denies
+        if answer is None:
+            return UNCLEAR
+        return CLASH if any(_same(answer, each) for each in denied) else answer
+    replaces = answer is None or answer is UNCLEAR or concludes or _same(answer, found)
+    return found if replaces else CLASH
+
+
+# ---- grading ------------------------------------------------------------------------------------
+
+THOUGHT = re.compile("<think(?:ing)?>", re.IGNORECASE)
+THOUGHT_END = re.compile("</think(?:ing)?>", re.IGNORECASE)
+NEXT_QUESTION = re.compile(
+    r"^[# ]*(?:question|q|problem|instruction|input|user|human)\b[^:\n]{0,9}:"
+    r"|^#+ ?(?:instruction|question)\b",
+    re.IGNORECASE | re.MULTILINE)
+
+
+def _answers(text: str, read: Reader, mark: Callable[[str], str]) -> tuple[Any, Any]:
+    """The flexible and the strict answer of a text: a number, the index of a choice, or None."""
+    shown, *thought = THOUGHT.split(THOUGHT_END.split(text)[-1], maxsplit=1)
+    cut = bool(thought) and not shown.strip()  # inside the thoughts: nothing is stated
+    parts = [mark(part) for part in NEXT_QUESTION.split(plain(thought[0] if cut else shown))]
+    first = (part for part in parts if len(parts) == 1 or re.search("[VT]", read(part).kinds))
+    whole = Text(next(first, ""), read)
+    answer, since = (None, 0) if cut else whole.answer()
+    strict = None if answer is UNCLEAR or answer is CLASH else answer
+    flexible = whole.last(since) if answer is None or answer is CLASH else strict
+    return (None if flexible is UNCLEAR else flexible), strict
 
 
 def grade(text: str, row: Mapping) -> Grade:
     """Grade a completion against its question row (`task`, `answer`, `choices`)."""
     if row["task"] == "choice":
-        loose, strict = (extract_letter(text, row["choices"], s) for s in (False, True))
-        return Grade(loose, loose == row["answer"], strict, strict == row["answer"])
-    truth = numbers(row["answer"])
-    loose, strict = (extract_number(text, s) for s in (False, True))
-
-    def right(value: Fraction | None) -> bool:
-        return value is not None and bool(truth) and equal(value, truth[0])
-
-    return Grade(show(loose), right(loose), show(strict), right(strict))
+        keys = list(row["choices"])
+        found = _answers(text, read_marks, _marker(tuple(row["choices"].items())))
+        flexible, strict = (None if index is None else keys[index] for index in found)
+        return Grade(flexible, flexible == row["answer"], strict, strict == row["answer"])
+    truth = numbers(row["answer"])[:1]
+    flexible, strict = _answers(text, read_numbers, str)
+    right = [value is not None and any(equal(value, true) for true in truth)
+             for value in (flexible, strict)]
+    return Grade(show(flexible), right[0], show(strict), right[1])
