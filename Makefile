@@ -9,7 +9,7 @@ demo: $(VENV)/.demo  ## the whole method on a small world of its own: minutes on
 	$(BIN)/srit demo --output_dir out/demo
 
 test: $(VENV)/.test  ## every test that needs no GPU
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
