@@ -22,7 +22,7 @@ from srit.runtime import shutdown
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.lock import lock
 from srit.runtime.outcome import STOPPED, Stopped
-from srit.runtime.run_dir import changed_input, config_difference, read_run
+from srit.runtime.run_dir import changed_input, config_difference, read_resumable
 from srit.runtime.table import table
 
 
@@ -48,7 +48,7 @@ def is_finished(stage: Stage) -> bool:
     A stage that was run on other inputs is moved to stale/ beside it, finished or not. Raises
     InputError for another stage or other settings.
     """
-    run = read_run(stage.output_dir)
+    run = read_resumable(stage.output_dir)
     if run is None:
         return False
     if run["stage"] != stage.kind:

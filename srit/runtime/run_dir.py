@@ -61,9 +61,9 @@ class Run:
 
     def check(self) -> dict | None:
         """run.json of the same run, if there is one. Raises InputError if there is another run's."""
-        run = read_run(self.output_dir)
-        if run is not None and self.cfg.overwrite_output_dir:
+        if self.cfg.overwrite_output_dir and read_run(self.output_dir) is not None:
             return None
+        run = read_resumable(self.output_dir)
         if run is None:
             for name in ARTEFACTS:
                 if (self.output_dir / name).exists():
@@ -152,8 +152,17 @@ def read_run(output_dir: str | Path) -> dict | None:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); delete the directory and run again") from None
-    if not isinstance(run, dict) or not {"stage", "finished", "config", "inputs", "date"} <= run.keys():
-        raise InputError(f"{path}: not a run.json of this version of srit; choose another directory")
+    if not isinstance(run, dict) or not {"stage", "finished"} <= run.keys():
+        raise InputError(f"{path}: not a run.json of srit; choose another directory")
+    return run
+
+
+def read_resumable(output_dir: str | Path) -> dict | None:
+    """As `read_run`; InputError for one that does not say which inputs it was made from."""
+    run = read_run(output_dir)
+    if run is not None and not {"config", "inputs", "date"} <= run.keys():
+        raise InputError(f"{output_dir}: its run.json is another version's, which did not record the "
+                         "inputs; choose another directory")
     return run
 
 
