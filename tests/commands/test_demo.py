@@ -31,7 +31,8 @@ def test_the_table_of_seeds_has_every_model_and_domain(tmp_path):
             found = {"n": 400, "accuracy": accuracy}
             results = {"in_domain": found, "out_of_domain": {"n": 300, "accuracy": 0.01}}
             (folder / "results.json").write_text(json.dumps(results))
-            run = {"commit": "abc", "versions": {"torch": "2"}, "machine": "M"}
+            run = {"stage": "eval", "finished": True, "commit": "abc",
+                   "versions": {"torch": "2"}, "machine": "M"}
             (folder / "run.json").write_text(json.dumps(run))
     roots = {seed: tmp_path / f"seed-{seed}" for seed in (0, 1)}
     text = demo.seeds_table(roots, tmp_path / "seeds.csv").splitlines()
