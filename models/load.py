@@ -70,7 +70,7 @@ def model_files(name: str | Path) -> list[Path]:
         return [path]
     names = (CONFIG, INDEX, *TOKENIZER_FILES)
     return [*(path / name for name in names if (path / name).is_file()),
-            *sorted(path.glob("model*.safetensors")), *sorted(path.glob("state/*.safetensors"))]
+            *sorted(path.glob("*.safetensors")), *sorted(path.glob("state/*.safetensors"))]
 
 
 def load_model(name: str | Path, dtype: torch.dtype = torch.float32,

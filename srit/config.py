@@ -143,6 +143,9 @@ class TrainConfig:
         _check(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "from 0 to 1")
         _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "from 0 to below 1")
         _check(bool(self.train_file), "train_file", self.train_file, "at least one file")
+        _check(self.resume_from_checkpoint == "auto" or not self.overwrite_output_dir,
+               "resume_from_checkpoint", self.resume_from_checkpoint,
+               "auto with --overwrite_output_dir True, which starts from nothing")
 
 
 @dataclass

@@ -94,6 +94,8 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
     except (Finished, Stopped) as reason:
         if distributed.rank() == 0:
             print(reason, flush=True)
+            if isinstance(reason, Stopped) and getattr(cfg, "overwrite_output_dir", False):
+                print("leave out --overwrite_output_dir then: it would start from nothing", flush=True)
         distributed.leave_process_group()
         sys.exit(STOPPED if isinstance(reason, Stopped) else FINISHED)
     except (InputError, SafetensorError) as error:

@@ -17,12 +17,20 @@ import yaml
 from srit.commands.report import label, read_results, write_report
 from srit.grading.statistics import accuracy_rows
 from srit.launch import parse, to_flags
+from srit.models.load import model_files
 from srit.recipe import KINDS, Stage, read_recipe, stages
 from srit.runtime import shutdown
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.lock import lock
-from srit.runtime.outcome import STOPPED, Stopped
-from srit.runtime.run_dir import changed_input, config_difference, read_resumable
+from srit.runtime.outcome import STOPPED, Failed, Stopped
+from srit.runtime.run_dir import (
+    changed_input,
+    changed_output,
+    config_difference,
+    data_files,
+    hash_files,
+    read_resumable,
+)
 from srit.runtime.table import table
 
 
@@ -42,23 +50,37 @@ class RunConfig:
     """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
 
 
-def is_finished(stage: Stage) -> bool:
-    """Whether the stage's directory holds this stage, finished, for the inputs that are there now.
-
-    A stage that was run on other inputs is moved to stale/ beside it, finished or not. Raises
-    InputError for another stage or other settings.
-    """
+def check_settings(stage: Stage) -> dict | None:
+    """run.json of the stage's directory, None if it is new. Raises InputError for another run's."""
+    cfg = stage_config(stage)
     run = read_resumable(stage.output_dir)
     if run is None:
-        return False
+        return None
     if run["stage"] != stage.kind:
         raise InputError(f"{stage.output_dir} holds a run of stage '{run['stage']}'; choose another "
                          "output_dir")
-    wanted = dataclasses.asdict(stage_config(stage))
-    if difference := config_difference(run["config"], wanted):
+    if difference := config_difference(run["config"], dataclasses.asdict(cfg)):
         raise InputError(f"{stage.output_dir} holds another run: {difference}; choose another "
                          "output_dir, or remove that directory")
-    if changed := changed_input(run):
+    return run
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the stage's directory holds this stage, finished, for the inputs that are there now.
+
+    A stage of other inputs, or whose outputs were changed, is moved to stale/ beside it. Raises
+    InputError for another stage, other settings, or an input that is gone.
+    """
+    run, cfg = check_settings(stage), stage_config(stage)
+    if run is None:
+        return False
+    files = data_files(cfg)
+    if hasattr(cfg, "model_name_or_path"):
+        files += model_files(cfg.model_name_or_path)
+    if gone := [file for file in files if not file.is_file()]:
+        raise InputError(f"{gone[0]}, which {stage.output_dir} was made from, is gone; bring it back, "
+                         "or remove that directory")
+    if changed := changed_input(run, hash_files(files)) or changed_output(run, stage.output_dir):
         held = lock(stage.output_dir)
         number = itertools.count(1)
         stale = stage.output_dir.parent / "stale"
@@ -69,7 +91,7 @@ def is_finished(stage: Stage) -> bool:
         print(f"{stage.output_dir}: {changed}; moved to {aside}, and run again", flush=True)
         return False
     steps = ("max_steps", "num_train_epochs")
-    same_length = all(run["config"].get(k) == wanted.get(k) for k in steps)
+    same_length = all(run["config"].get(k) == getattr(cfg, k, None) for k in steps)
     return run["finished"] and same_length
 
 
@@ -97,8 +119,11 @@ def run_stage(stage: Stage) -> None:
     # A child that had not installed its handler yet dies of the signal.
     if status == STOPPED or (forwarded and status == -signal.SIGTERM):
         raise Stopped("the run stopped; the same command goes on from there")
+    if status < 0:
+        raise Failed(f"stage {stage.name} was killed by {signal.Signals(-status).name} (out of "
+                     "memory?); the same command goes on from its last checkpoint")
     if status:
-        sys.exit(status if status > 0 else 128 - status)
+        sys.exit(status)
 
 
 def _wait(child: subprocess.Popen) -> int | None:
@@ -114,7 +139,7 @@ def main(cfg: RunConfig) -> None:
     recipe |= {key: value for key, value in given.items() if value is not None}
     plan = stages(recipe)
     for stage in plan:
-        stage_config(stage)
+        check_settings(stage)
     root = Path(recipe["output_dir"])
     held = lock(root)
     with atomic_write(root / "recipe.yaml") as handle:

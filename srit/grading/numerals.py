@@ -47,15 +47,15 @@ def _boxes(text: str) -> str:
 
 
 PART = r" ?(?:\{ ?(-?[\d.,]+) ?\}|(\d))"
+ABBREVIATED = "|".join(rf"(?<=\b{word}\.)" for word in "mr mrs ms dr prof eq approx ca rs vs".split())
 # The characters of which a text must have one, a pattern, and what takes its place; in this order.
-REWRITES = [(frozenset(needed), re.compile(pattern, re.MULTILINE), new) for needed, pattern, new in (
+REWRITES = [(frozenset(needed), re.compile(pattern, re.M), new) for needed, pattern, new in (
     (" ", " {2,}", " "), ("\n", " ?\n ?", "\n"), ("\n", "\n{3,}", "\n\n"),
     # LaTeX
     ("\\", r"\\[,;:> ]", " "), ("\\", r"\\[!()\[\]]", ""), ("\\", r"\\\\", "\n"),
     ("\\", r"\\([$%#&_])", r"\1"), ("\\", r"\\q?quad\b", " "),
-    ("\\", r"\^?\{?\\(?:circ|degree)\b\}?", "°"),
-    ("\\", r"\\(?:begin|end)\{\w+\*?\}"
-           r"|\\(?:left|right|text\w*|math\w+|mbox|operatorname|emph)(?![a-z])", ""),
+    ("\\", r"\\(?:begin|end)\{\w+\*?\}", ""), ("\\", r"\^?\{?\\(?:circ|degree)\b\}?", "°"),
+    ("\\", r"\\(?:left|right|text\w*|math\w+|mbox|operatorname|emph)(?![a-z])", ""),
     ("\\", r"\\(?:times|cdot|ast)(?![a-z])", "×"), ("\\", r"\\div(?![a-z])", "/"),
     ("\\", r"\\approx\b", "="), ("\\", r"\\neq?\b", " not "),
     ("\\", r"\\(?:implies|Rightarrow|rightarrow|therefore)\b", " so "),
@@ -67,23 +67,23 @@ REWRITES = [(frozenset(needed), re.compile(pattern, re.MULTILINE), new) for need
     ("*_", r"\*+|(?<!\w)_+(?=[^\W_])|(?<=[^\W_])_+(?!\w)", ""),  # emphasis
     ("—–-", r" ?(?:—|--+) ?| – ", " — "), ("–", "–", "-"),  # between words a dash, else a minus
     ("-•>", r"^[ >]*(?:[-•] )+|^>+ ?", ""),  # bullets and quotations
-    (".:)", r"^([# ]*)(?:(?:[Ss]tep|[Pp]art) )?\d{1,2}[.:)] (?=\S)", r"\1"),
+    (".:)", r"^([# ]*)(?:(?i:step|part) )?\d{1,2}[.:)] (?=\S)", r"\1"),
     # wording
-    ("⇒→∴>", r"⇒|→|∴|=>", " so "), ("≠", "≠", " not "), ("'", r"\bcan't\b", "can not"),
-    ("'", r"n't\b", " not"), ("c", r"\bcannot\b", "can not"), (".", r"\b([a-z])\.([a-z])\.", r"\1\2"),
-    (".", r"\b(Mrs?|Ms|Dr|Prof|[Ee]q|[Aa]pprox|[Cc]a|[Rr]s|vs)\.", r"\1"),
+    ("⇒→∴>", "⇒|→|∴|=>", " so "), ("≠", "≠", " not "), ("cC", r"(?i)\bcan(?:no|')t\b", "can not"),
+    ("'", r"(?i)n't\b", " not"), (".", r"\.(?<=\b[a-z]\.)([a-z])\.", r"\1"),  # i.e.
+    (".", rf"(?i)\.(?:{ABBREVIATED})", ""),
     (".!?", r"([.!?])(?=[A-Z][a-z])", r"\1 "),
     # numerals
     (SUPERSCRIPT, rf"[{SUPERSCRIPT}]+", _superscript), (VULGAR, rf"(\d?)([{VULGAR}])", _vulgar),
-    ("x", r"(?<=\d) ?x ?(?=\d)", " × "), ("/", r"(?<=\d) ?/ ?(?=\d)", "/"),
+    ("xX", r"(?<=\d) ?[xX] ?(?=\d)", " × "), ("/", r"(?<=\d) ?/ ?(?=\d)", "/"),
     (" \\", r"(?<![\w.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda match: match[0].replace(" ", "")),
     ("^" + SUPERSCRIPT, r"(?<![\w.,])(\d[\d.]{0,20}) ?× ?10 ?\^ ?(-?\d{1,3})\b", r"\1e\2"),
     ("^" + SUPERSCRIPT, r"(?<![\w.,/^-])10 ?\^ ?(-?\d{1,3})\b", r"1e\1"))]
 
 
 def plain(text: str) -> str:
-    """The text without markup: one kind of space, dash, quote and digit; 3/4 for \\frac{3}{4}, 1e6 for
-    10⁶, \\x02...\\x03 for \\boxed{...}."""
+    """The text without markup, with one kind of space, dash, quote and digit; 3/4 for \\frac{3}{4}, 1e6
+    for 10⁶, and \\x02...\\x03 for \\boxed{...}."""
     text = text.translate(CHARACTERS)
     if "\\" in text:
         text = _boxes(text)
@@ -102,40 +102,42 @@ SMALL = {word: value for value, word in enumerate(
 SMALL |= {word: 10 * value for value, word in enumerate(
     "twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 SCALE = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-SMALLS, SCALES = "|".join(SMALL), "|".join(SCALE)
-NO_PRONOUN = "|".join(rf"(?<=\b{word} )" for word in (  # "one" is a number behind these
+SMALLS, SCALES = rf"(?:{'|'.join(SMALL)})\b", rf"(?:{'|'.join(SCALE)})\b"
+# "one" is a number in a compound; alone, only behind one of these words, where it is no pronoun.
+ONE = "|".join(rf"(?<=\b{word} )" for word in (
     "is", "are", "be", "has", "have", "only", "just", "exactly", "about", "or", "and", "but", "not"))
-
-WORDS = (rf"\b(?:(?!one\b)(?:{SMALLS})\b|(?:one|an?)(?=[ -](?:{SCALES})\b)"
-         r"|one(?= point\b| and a half\b)"
-         rf"|(?:^|(?<=[=:(] )|{NO_PRONOUN})one(?! (?:of|another|day|who|can|could|might|may|must|should"
-         r"|would|that|which|by)\b))"
-         rf"(?:[ -](?:{SMALLS})\b|[ -](?:{SCALES})\b(?: and(?= (?:{SMALLS})\b))?)*(?!-?\w)")
+WORDS = (
+    rf"\b(?:(?!one\b){SMALLS}|(?:one|an?)(?=[ -]{SCALES})|one(?= point\b| and a half\b)"
+    rf"|(?:^|(?<=[=:(] )|{ONE})one(?! (?:of|another|day|who|can|could|might|may|must|should|would|that"
+    r"|which|by|less|more)\b))"
+    rf"(?:[ -]{SMALLS}|[ -]{SCALES}(?: and(?= {SMALLS}))?)*(?!-?\w)")
 FRACTION_WORDS = r"hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed"
 # A word that begins with a digit is a number as a whole or none: 3,5, 5-6, 07:30, 3rd and 5x are none.
 NUMERAL = (
     r"(?P<sign>(?<![\w)%])(?<![\d)%] )(?:[-+]|(?:minus|negative) ))?(?:[$€£¥₹] ?(?P<inner>-)?)?"
-    r"(?:(?P<whole>(?<![\w^])\d{1,9} (?=\d+/\d))?(?P<digits>(?<![\w^])\.?\d(?:[\w.,:/^%°'-]*[\w%°])?)"
+    r"(?:(?P<whole>(?<![\w^])\d+ (?=\d+/\d))?(?P<digits>(?<![\w^])\.?\d(?:[\w.,:/^%°'-]*[\w%°])?)"
     rf"|(?P<words>{WORDS}))"
-    rf"(?P<point> point(?: (?:{SMALLS})\b)+)?(?P<half> and a half\b)?(?P<scale> (?:{SCALES})\b)?"
+    rf"(?P<point> point(?: (?:{'|'.join(list(SMALL)[:10])})\b)+)?"
+    rf"(?P<half> and a half\b)?(?P<scale> {SCALES})?(?: per ?cent\b)?"
     rf"(?P<part>[ -](?:{FRACTION_WORDS})\b|\^| ?\\[a-z]+)?")
 DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d\d)*,\d{3}|\d+)(?:\.\d+)?|\.\d+"
-UNIT = r"%|°[cfk]?|[mglsh](?:\^\d)?(?:/\w+)?|/[a-z]+|(?!(?:st|nd|rd|th)$)-?[a-z]{2,}(?:[/^-]-?\w+)*"
-DIGITS = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))?(?:e([-+]?\d{{1,3}}))?(?:{UNIT})?")
-FIND = re.compile(NUMERAL, re.IGNORECASE)
+UNIT = (r"%|°[cfk]?|(?-i:[mglshL])(?:\^\d)?(?:/\w+)?|/[a-z]+"
+        r"|(?!(?:st|nd|rd|th)$)[a-z]{2,}(?:[/^-]-?\w+)*")
+DIGITS = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))?(?:e([-+]?\d{{1,3}}))?(?:{UNIT})?", re.I)
+FIND = re.compile(NUMERAL, re.I)
 
 
 def read_number(match: re.Match) -> Fraction | None:
     """The value of a match of NUMERAL; None if it is no number, as in 5-6, 2021-03-05, 3rd or 5/0."""
-    words, digits, whole = match["words"], match["digits"], match["whole"]
-    value = _words(words.lower()) if words else _digits(digits.lower())
-    if value is None or match["part"] or whole and "/" not in digits:
+    value = _words(match["words"].lower()) if match["words"] else _digits(match["digits"])
+    if match["whole"] and value is not None:
+        whole = _digits(match["whole"].strip())
+        value = None if whole is None or "/" not in match["digits"] else whole + value
+    if value is None or match["part"]:
         return None
-    if whole:
-        value += int(whole)
     if match["point"]:
-        digits = (str(SMALL[word]) for word in match["point"].lower().split()[1:])
-        value += Fraction("." + "".join(digits))
+        digits = match["point"].lower().split()[1:]
+        value += Fraction("." + "".join(str(SMALL[word]) for word in digits))
     if match["half"]:
         value += Fraction(1, 2)
     if match["scale"]:

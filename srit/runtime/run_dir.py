@@ -35,7 +35,8 @@ CHANGEABLE = {
 # These may change too, if their product with the number of ranks stays; training/saving.py checks that.
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 ARTEFACTS = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json", "samples.jsonl",
-             "pairs.jsonl", "results.json", "demos.jsonl", "answers.jsonl")
+             "generations.jsonl", "pairs.jsonl", "results.json", "demos.jsonl",
+             "answers.jsonl")
 OTHER = "choose another --output_dir or use --overwrite_output_dir True"
 
 
@@ -87,11 +88,10 @@ class Run:
         if another process holds the lock, if the inputs are not those that the run began with, or
         if ranks see different inputs; also for an input inside the directory.
         """
-        files = [Path(file) for field in dataclasses.fields(self.cfg) if field.name.endswith("_file")
-                 for file in getattr(self.cfg, field.name)]
-        files += model_files
+        files = [*data_files(self.cfg), *model_files]
         self.inputs = hash_files(files)
         distributed.require_same(f"{self.inputs} {list(map(str, self.counts))}", "input files or rows")
+        distributed.require_same(f"{self.cfg}", "flags")
         if distributed.rank() == 0:
             for file in files:
                 if file.resolve().is_relative_to(self.output_dir.resolve()):
@@ -115,6 +115,11 @@ class Run:
             for stale in self.output_dir.glob(pattern):
                 remove(stale)
         if run is None:
+            self._write({"finished": False})
+
+    def reopen(self) -> None:
+        """A finished run goes on: it is not finished any more."""
+        if distributed.rank() == 0 and (read_run(self.output_dir) or {}).get("finished"):
             self._write({"finished": False})
 
     def say(self, *lines: object) -> None:
@@ -160,7 +165,9 @@ def read_run(output_dir: str | Path) -> dict | None:
 def read_resumable(output_dir: str | Path) -> dict | None:
     """As `read_run`; InputError for one that does not say which inputs it was made from."""
     run = read_run(output_dir)
-    if run is not None and not {"config", "inputs", "date"} <= run.keys():
+    kinds = {"stage": str, "finished": bool, "config": dict, "inputs": dict, "date": str}
+    if run is not None and (any(not isinstance(run.get(key), kind) for key, kind in kinds.items())
+                            or not isinstance(run.get("steps", 0), int)):
         raise InputError(f"{output_dir}: its run.json is another version's, which did not record the "
                          "inputs; choose another directory")
     return run
@@ -174,6 +181,12 @@ def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -
     return None
 
 
+def data_files(cfg: Any) -> list[Path]:
+    """The files that the settings named *_file list."""
+    return [Path(file) for field in dataclasses.fields(cfg) if field.name.endswith("_file")
+            for file in getattr(cfg, field.name)]
+
+
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
     """{path: SHA-256 of its content}, in order."""
     return {str(file): _sha256(str(file), file.stat().st_mtime_ns, file.stat().st_size)
@@ -185,16 +198,19 @@ def _sha256(file: str, mtime: int, size: int) -> str:
     return sha256(Path(file))
 
 
-def changed_input(run: dict, inputs: dict[str, str] | None = None) -> str | None:
-    """The first input of a recorded run that is not what it was, as text; None if there is none.
+def changed_output(run: dict, output_dir: Path) -> str | None:
+    """The first output of a finished run that is not as it was written, as text; None if none."""
+    for name, digest in run.get("outputs", {}).items():
+        file = output_dir / name
+        if not file.is_file():
+            return f"{file} is gone"
+        if hash_files([file])[str(file)] != digest:
+            return f"{file} is not as it was written"
+    return None
 
-    inputs: hashes of now; by default the recorded files are hashed.
-    """
-    if inputs is None:
-        missing = [file for file in run["inputs"] if not Path(file).is_file()]
-        if missing:
-            return f"{missing[0]} is gone"
-        inputs = hash_files(map(Path, run["inputs"]))
+
+def changed_input(run: dict, inputs: dict[str, str]) -> str | None:
+    """The first input of a recorded run that is not what it was, as text; None if there is none."""
     for file in [*inputs, *run["inputs"]]:
         if inputs.get(file) != run["inputs"].get(file):
             return f"{file} has changed" if file in inputs and file in run["inputs"] else \

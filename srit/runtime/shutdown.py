@@ -34,8 +34,13 @@ def _ask(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
     if _asked_at is None:
         _asked_at = now
-        print(f"\n{signal.Signals(number).name}: ending after this step; a second signal exits at once",
-              file=sys.stderr, flush=True)
+        name = signal.Signals(number).name
+        text = f"\n{name}: ending after this step; a second signal exits at once\n"
+        for descriptor, message in ((2, text.encode()), (1, b"\n" * (number == signal.SIGHUP))):
+            try:
+                os.write(descriptor, message)
+            except OSError:  # the terminal is gone: later output must not end the run either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def end_with_parent() -> None:

@@ -14,6 +14,7 @@ never half written; the checksums detect later damage.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
@@ -52,6 +53,7 @@ class TrainState:
     step: int = 0
     num_tokens: int = 0
     skipped_steps: int = 0
+    last_step_finite: bool = True
     best_eval_loss: float | None = None
     best_step: int | None = None
     total_steps: int | None = None
@@ -231,7 +233,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
 
 def set_aside(path: Path, reason: str, why: str = "damaged") -> None:
     """Rename a checkpoint or best-N/ so that nothing uses it, and say so. Nothing is deleted."""
-    aside = path.with_name(f"{why}-{path.name}")
+    names = (f"{why}-{path.name}" + (f".{n}" if n else "") for n in itertools.count())
+    aside = next(new for name in names if not (new := path.with_name(name)).exists())
     if path.is_dir():
         rename_over(path, aside)
         reason = f"set aside as {aside.name}: {reason}"

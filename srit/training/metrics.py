@@ -36,7 +36,6 @@ class MetricsLog:
         self.sums = {name: torch.tensor(value) for name, value in pending["sums"].items()}
         self.weight = torch.tensor(pending["weight"], dtype=torch.float64)
         self.tokens, self.since = 0, time.perf_counter()
-        self.last_finite: Tensor | bool = True
         self.unchecked: list[tuple[int, list[str], Tensor]] = []  # step, row ids, finite
         if self.main:
             cut_torn_line(self.path)
@@ -57,7 +56,6 @@ class MetricsLog:
             self.sums[name] = before + torch.where(finite, value, 0.0)
         self.weight = self.weight.to(finite.device) + weight * finite
         self.tokens += sum(item.num_tokens for item in items)
-        self.last_finite = finite
         self.unchecked.append((self.state.step, [item.id for item in items], finite))
         self.bar.update()
 
@@ -94,8 +92,9 @@ class MetricsLog:
                               if row.get(name) is not None})
 
     def last_step_was_finite(self) -> bool:
-        """False when the last step that was added was skipped; True before the first one."""
-        return bool(self.last_finite)
+        """False when the last step was skipped, also if that was before a restart."""
+        self._count_skipped()
+        return self.state.last_step_finite
 
     def close(self) -> None:
         self.bar.close()
@@ -108,6 +107,7 @@ class MetricsLog:
         steps, self.unchecked = self.unchecked, []
         finite = torch.stack([ok for _, _, ok in steps]).tolist() if steps else []
         for (step, ids, _), ok in zip(steps, finite, strict=True):
+            self.state.last_step_finite = ok
             if ok:
                 continue
             self.state.skipped_steps += 1

@@ -127,6 +127,7 @@ class Checkpoints:
         if done.get("finished") and done["steps"] >= total_steps:
             raise Finished(f"{self.output_dir}: this run is finished; train longer with --max_steps or "
                            "--num_train_epochs, or start it afresh with --overwrite_output_dir True")
+        run.reopen()
         if found is not None:
             state = load_checkpoint(found, self.model, self.optimizer)
             if state.reference != reference:
