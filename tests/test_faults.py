@@ -349,6 +349,22 @@ def test_a_run_without_a_finite_step_exports_nothing(tiny, rows, tmp_path, monke
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_run_that_diverged_stays_so_when_it_is_asked_again(tiny, rows, tmp_path):
+    settings = dict(max_steps=4, save_steps=4, learning_rate=1e30, max_grad_norm=0.0)
+    for _ in range(2):
+        with pytest.raises(Diverged, match="nothing was exported"):
+            start("sft", tiny, rows, tmp_path, **settings)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False
+
+
+def test_a_finished_run_that_trains_longer_is_not_finished(tiny, rows, tmp_path):
+    start("sft", tiny, rows, tmp_path, max_steps=2)
+    with shutdown.listening(max_time=1e-9), pytest.raises(Stopped):
+        start("sft", tiny, rows, tmp_path, max_steps=4)
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False
+
+
 def test_a_log_line_torn_by_a_kill_is_cut(tiny, rows, tmp_path, straight):
     start("sft", tiny, rows, tmp_path, max_steps=5)
     with open(tmp_path / "metrics.jsonl", "a") as log:
@@ -357,14 +373,16 @@ def test_a_log_line_torn_by_a_kill_is_cut(tiny, rows, tmp_path, straight):
     assert outcome(tmp_path) == straight("sft")
 
 
-@pytest.mark.parametrize("stage", ["sft", "sample"])
-def test_lines_of_ten_megabytes_are_rows_like_others(tiny, rows, tmp_path, stage):
+def test_a_line_of_ten_megabytes_is_dropped_and_counted_or_named(tiny, rows, tmp_path):
+    """Training drops it; sampling, where it would be missed, says which row it is."""
     huge = {**demo(9, 1, 2), "question": "Tom has 3 apples. " * 600_000}
-    write_rows(tmp_path / f"{stage}.jsonl", [huge, demo(0, 1, 2)])
-    start(stage, tiny, tmp_path, tmp_path / "out")
-    counts = json.loads((tmp_path / "out" / "run.json").read_text())["counts"]
-    (only,) = counts.values()
-    assert only["dropped"] and sum(only["dropped"].values()) + only["used"] == only["in"]
+    for stage in ("sft", "sample"):
+        write_rows(tmp_path / f"{stage}.jsonl", [huge, demo(0, 1, 2)])
+    start("sft", tiny, tmp_path, tmp_path / "out")
+    (only,) = json.loads((tmp_path / "out" / "run.json").read_text())["counts"].values()
+    assert only["in"] == 2 and only["used"] == sum(only["dropped"].values()) == 1
+    with pytest.raises(InputError, match="sample.jsonl:1: the row is longer than"):
+        start("sample", tiny, tmp_path, tmp_path / "samples")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny, rows, tmp_path):

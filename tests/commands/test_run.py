@@ -65,6 +65,13 @@ def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, cap
     assert capfd.readouterr().out.count("finished before") == 7
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.is_file()}
 
+    results = out / "eval-base" / "results.json"
+    good = results.read_text()
+    results.write_text(good.replace("0.", "0.9"))
+    main(RunConfig(str(recipe)))
+    assert f"{results} is not as it was written; moved to" in capfd.readouterr().out
+    assert results.read_text() == good
+
     demos = recipe.parent / "demos.jsonl"
     demos.write_text("".join(demos.read_text().splitlines(keepends=True)[1:]))
     old = json.loads((out / "eval-dpo" / "run.json").read_text())["inputs"]
@@ -73,7 +80,7 @@ def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, cap
     assert printed.count("finished before") == 1 and "eval-base: finished before" in printed
     assert f"{demos} has changed; moved to {out}/stale/sft-1, and run again" in printed
     assert {p.name for p in (out / "stale").iterdir()} == {
-        "sft-1", "eval-sft-1", "sample-1", "pair-1", "dpo-1", "eval-dpo-1"}
+        "eval-base-1", "sft-1", "eval-sft-1", "sample-1", "pair-1", "dpo-1", "eval-dpo-1"}
     new = json.loads((out / "eval-dpo" / "run.json").read_text())["inputs"]
     changed = {Path(file).name for file in new if new[file] != old[file]}
     assert changed == {"model.safetensors"}
