@@ -50,9 +50,8 @@ class RunConfig:
     """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
 
 
-def check_settings(stage: Stage) -> dict | None:
+def check_settings(stage: Stage, cfg: Any) -> dict | None:
     """run.json of the stage's directory, None if it is new. Raises InputError for another run's."""
-    cfg = stage_config(stage)
     run = read_resumable(stage.output_dir)
     if run is None:
         return None
@@ -71,7 +70,8 @@ def is_finished(stage: Stage) -> bool:
     A stage of other inputs, or whose outputs were changed, is moved to stale/ beside it. Raises
     InputError for another stage, other settings, or an input that is gone.
     """
-    run, cfg = check_settings(stage), stage_config(stage)
+    cfg = stage_config(stage)
+    run = check_settings(stage, cfg)
     if run is None:
         return False
     files = data_files(cfg)
@@ -139,7 +139,7 @@ def main(cfg: RunConfig) -> None:
     recipe |= {key: value for key, value in given.items() if value is not None}
     plan = stages(recipe)
     for stage in plan:
-        check_settings(stage)
+        check_settings(stage, stage_config(stage))
     root = Path(recipe["output_dir"])
     held = lock(root)
     with atomic_write(root / "recipe.yaml") as handle:

@@ -5,6 +5,7 @@ Legend: N tokens of a packed stream, S sequences in it, M trained (completion) t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Example:
         """Tokens that a forward pass reads."""
         return self.num_tokens
 
-    @property
+    @cached_property  # asked for at every step
     def num_trained(self) -> int:
         """Tokens that the loss is averaged over; the first token has no predecessor to predict it."""
         return sum(self.tokens.mask[1:])
@@ -55,16 +56,16 @@ class Pair:
         return self.num_tokens - common_prefix([self.chosen, self.rejected])
 
 
+def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all sequences begin with, leaving each at least one of its own."""
+    first, last = min(sequences), max(sequences)  # in lexicographic order; those between share as much
+    longest = min(map(len, sequences)) - 1
+    return next((at for at in range(longest) if first[at] != last[at]), longest)
+
+
 def common_prefix(sequences: Sequence[Rendered]) -> int:
-    """How many tokens all sequences begin with, leaving each at least one of its own."""
-    if len(sequences) < 2:
-        return 0
-    limit = min(len(s.ids) for s in sequences) - 1
-    first = sequences[0].ids
-    for i in range(limit):
-        if any(s.ids[i] != first[i] for s in sequences):
-            return i
-    return limit
+    """`shared_prefix` of sequences to be trained; a single one shares nothing."""
+    return shared_prefix([s.ids for s in sequences]) if len(sequences) > 1 else 0
 
 
 @dataclass

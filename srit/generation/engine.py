@@ -28,7 +28,8 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 import numpy as np
 import torch
 
-from srit.generation.params import Request, Result, SamplingParams, shared_prefix
+from srit.data.batches import shared_prefix
+from srit.generation.params import Request, Result, SamplingParams
 from srit.generation.sampler import StopStrings, sample
 from srit.models import Decoder
 from srit.models.cache import KVCache

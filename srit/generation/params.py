@@ -63,10 +63,3 @@ def request_seed(*parts: Any) -> int:
     """A 64-bit seed from (seed, question id, sample index, ...), the same on every machine."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little")
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that all prompts begin with, leaving each at least one of its own."""
-    first, last = min(prompts), max(prompts)  # in lexicographic order; those between share as much
-    longest = min(map(len, prompts)) - 1
-    return next((at for at in range(longest) if first[at] != last[at]), longest)

@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from srit.config import GenerateConfig
+from srit.data.batches import shared_prefix
 from srit.data.questions import dataset_name, read_questions
 from srit.generation.engine import generate
-from srit.generation.params import Request, Result, SamplingParams, request_seed, shared_prefix
+from srit.generation.params import Request, Result, SamplingParams, request_seed
 from srit.generation.vllm import VLLM
 from srit.grading.answers import grade
 from srit.models import Decoder, load_model
@@ -80,10 +81,7 @@ def load_for_generation(cfg: GenerateConfig, device: torch.device,
     else:
         model, _ = load_model(cfg.model_name_or_path, dtype=getattr(torch, cfg.dtype), device=device)
         model.pack_weights()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
-                         f"tokens, the model only {model.config.vocab_size}; they do not belong "
-                         "together")
+    tokenizer.check_model(model.config.vocab_size)
     return model, tokenizer
 
 
@@ -147,8 +145,7 @@ def generate_rollouts(model: Decoder | VLLM, tokenizer: Tokenizer, prompts: Sequ
     progress.close()
     distributed.barrier()
     if distributed.any_rank(shutdown.requested()):
-        raise Stopped(f"stopped: {path} has the rows so far; the same command goes on from "
-                               "there")
+        raise Stopped(f"stopped: {path} has the rows so far; the same command goes on from there")
     rows = {_key(row): row for row in _read_all_ranks(path)}
     rows = [rows[key] for key in wanted]
     distributed.barrier()

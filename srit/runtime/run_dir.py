@@ -52,8 +52,8 @@ class Run:
         self.output_dir = Path(cfg.output_dir)
         self.device = torch.device("cpu")
         if hasattr(cfg, "device"):
-            timeout = cfg.ddp_timeout if hasattr(cfg, "ddp_timeout") else 86400
-            self.device = distributed.setup(cfg.device, timeout)
+            given = {"timeout": cfg.ddp_timeout} if hasattr(cfg, "ddp_timeout") else {}
+            self.device = distributed.setup(cfg.device, **given)
         today = distributed.from_rank_0(date.today().toordinal())
         self.date = date.fromordinal(today).isoformat()
         self.inputs: dict[str, str] = {}

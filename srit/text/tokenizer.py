@@ -201,6 +201,12 @@ class Tokenizer:
         except InputError as error:
             raise InputError(f"{self.source}: {error}") from None
 
+    def check_model(self, vocab_size: int) -> None:
+        """Raise InputError for a model with fewer tokens than this tokenizer."""
+        if self.vocab_size > vocab_size:
+            raise InputError(f"{self.source}: the tokenizer has {self.vocab_size} tokens, the model "
+                             f"only {vocab_size}; they do not belong together")
+
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer files and generation_config.json, as transformers and vLLM read them."""
         directory = Path(directory)

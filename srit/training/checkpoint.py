@@ -141,8 +141,7 @@ class CheckpointWriter:
             if distributed.rank() == 0:
                 own += sorted(path for path in temporary.iterdir()
                               if path.is_file() and not path.name.startswith(SUMS))
-            lines = "".join(f"{sha256(path)}  {path.relative_to(temporary)}\n" for path in own)
-            (temporary / f"{SUMS}.{distributed.rank()}").write_text(lines, encoding="utf-8")
+            write_checksums(temporary, own, f"{SUMS}.{distributed.rank()}")
             distributed.barrier(self.group)
             if distributed.rank() == 0:
                 self._publish(temporary)
@@ -241,11 +240,12 @@ def set_aside(path: Path, reason: str, why: str = "damaged") -> None:
     print(f"{path}: {reason}", flush=True)
 
 
-def write_checksums(directory: Path) -> None:
-    """SHA256SUMS of all files of a directory."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+def write_checksums(directory: Path, files: Sequence[Path] | None = None, name: str = SUMS) -> None:
+    """Checksums of some files of a directory, by default of all, as sha256sum writes them."""
+    if files is None:
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
     lines = "".join(f"{sha256(path)}  {path.relative_to(directory)}\n" for path in files)
-    (directory / SUMS).write_text(lines, encoding="utf-8")
+    (directory / name).write_text(lines, encoding="utf-8")
 
 
 def damage(directory: Path) -> str | None:

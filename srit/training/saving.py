@@ -18,6 +18,7 @@ from srit.runtime.outcome import Diverged, Finished, Stopped
 from srit.runtime.run_dir import Run, read_run
 from srit.text.tokenizer import Tokenizer
 from srit.training.checkpoint import (
+    SUMS,
     CheckpointWriter,
     TrainState,
     checkpoints,
@@ -77,7 +78,7 @@ class BestWeights:
             self._write(self.output_dir / "adapter")
         if best is not None and not cfg.use_peft:
             for file in sorted(best.iterdir()) if main else ():
-                if file.name != "SHA256SUMS":
+                if file.name != SUMS:
                     with atomic_path(self.output_dir / file.name) as temporary:
                         shutil.copyfile(file, temporary)
         else:

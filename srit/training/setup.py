@@ -48,18 +48,16 @@ def load_student(run: Run) -> tuple[Decoder, Tokenizer, int]:
     model, config = load_model(
         cfg.model_name_or_path, dtype=torch.float32, compute_dtype=getattr(torch, cfg.dtype),
         device=torch.device("cpu") if _sharded(cfg) else device)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{cfg.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} "
-                         f"tokens, the model only {config.vocab_size}; they do not belong together")
+    tokenizer.check_model(config.vocab_size)
     model.gradient_checkpointing = cfg.checkpoint_policy if cfg.gradient_checkpointing else None
     if cfg.torch_compile:
         check_compiler(device)
         model.compile_layers()
     if device.type == "cpu":
         trim_heap_between_layers(model)
-    if cfg.max_length > config.max_position_embeddings and distributed.rank() == 0:
-        print(f"max_length {cfg.max_length} exceeds the model's context; using "
-              f"{config.max_position_embeddings}")
+    if cfg.max_length > config.max_position_embeddings:
+        run.say(f"max_length {cfg.max_length} exceeds the model's context; using "
+                f"{config.max_position_embeddings}")
     return model.train(), tokenizer, min(cfg.max_length, config.max_position_embeddings)
 
 

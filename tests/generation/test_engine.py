@@ -10,8 +10,9 @@ import torch
 from tiny import CONFIG, tiny_checkpoint
 
 from srit.config import SampleConfig
+from srit.data.batches import shared_prefix
 from srit.generation import engine
-from srit.generation.params import Request, Result, SamplingParams, request_seed, shared_prefix
+from srit.generation.params import Request, Result, SamplingParams, request_seed
 from srit.kernels import linear_logp
 from srit.models import Decoder, ModelConfig
 from srit.models.paged_cache import PagedCache
