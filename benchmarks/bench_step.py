@@ -21,7 +21,7 @@ The figure of a CSV:
 
 import argparse
 import csv
-import importlib
+import importlib.util
 import json
 import random
 import statistics
@@ -155,12 +155,13 @@ def run_trl(args: argparse.Namespace, rows: Path, settings: dict) -> tuple[list,
     special = {"completion_only_loss": True} if sft else {
         "beta": 0.1, "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": args.batch_size}
-    if on_gpu and bf16:
-        special["padding_free"] = True
+    flash = on_gpu and bf16 and importlib.util.find_spec("flash_attn") is not None
+    if flash:
+        special["padding_free"] = True  # TRL packs a batch only for FlashAttention
     trainer = FileOrder(
         model=AutoModelForCausalLM.from_pretrained(
             args.checkpoint, dtype=torch.float32,
-            attn_implementation="flash_attention_2" if on_gpu and bf16 else "sdpa"),
+            attn_implementation="flash_attention_2" if flash else "sdpa"),
         args=(trl.SFTConfig if sft else trl.DPOConfig)(
             output_dir=str(rows.parent / "trl"), max_steps=args.steps, learning_rate=1e-5,
             lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused",
