@@ -53,7 +53,7 @@ class Problem:
     weight: Tensor  # (V, D)
     targets: Tensor  # (N,); dpo: (2B, T), the token that each position predicts
     rows: Tensor | None = None  # dpo: the completions' positions in the flattened hidden
-    cu_seqlens: Tensor | None = None
+    cu_targets: Tensor | None = None
     ref: Tensor | None = None  # (2B,)
 
     @property
@@ -144,12 +144,12 @@ def pair_loss(p: Problem, sums: Tensor) -> Tensor:
 
 def ours_dpo(p: Problem) -> Tensor:
     x, targets = p.completions()
-    return linear_dpo(x, p.weight, targets, p.cu_seqlens, p.ref, beta=BETA)[0]
+    return linear_dpo(x, p.weight, targets, p.cu_targets, p.ref, beta=BETA)[0]
 
 
 def ours_two_pass(p: Problem) -> Tensor:
     x, targets = p.completions()
-    return pair_loss(p, segment_sum(linear_logp(x, p.weight, targets, path="gemm"), p.cu_seqlens))
+    return pair_loss(p, segment_sum(linear_logp(x, p.weight, targets, path="gemm"), p.cu_targets))
 
 
 def trl_all_rows(p: Problem) -> Tensor:
@@ -233,7 +233,7 @@ def check(stage: str, dtype: torch.dtype, device: str,
     """Those that agree with float64 at an odd shape; exits if one of ours does not."""
     p = make_problem(stage, 515, 64, 5003, dtype, device)
     wide = Problem(stage, p.hidden.detach().double(), p.weight.detach().double(), p.targets, p.rows,
-                   p.cu_seqlens, p.ref)
+                   p.cu_targets, p.ref)
     wide.hidden.requires_grad_(p.hidden.requires_grad)
     wide.weight.requires_grad_(p.weight.requires_grad)
     want = call(eager_completions if stage == "dpo" else eager, wide)
@@ -413,12 +413,13 @@ def plot(path: Path, rows: list[dict]) -> None:
 
 
 def table(rows: list[dict]) -> None:
-    print("| stage | dtype | contender | ms | of ours | of the bare GEMMs' rate | peak MiB |")
-    print("|---|---|---|--:|--:|--:|--:|")
+    print("| stage | model, N | dtype | contender | ms | of ours | of bare GEMMs | peak MiB |")
+    print("|---|---|---|---|--:|--:|--:|--:|")
     for row in rows:
         ms, share = float(row["p50_ms"] or "nan"), float(row["percent_of_gemm"] or "nan")
-        print(f"| {row['stage']} | {row['dtype']} | {row['contender']} | {ms:.0f} | "
-              f"{row['ratio_to_ours']} | {share:.0f} % | {row['peak_mib']} |")
+        print(f"| {row['stage']} | {row['model']}, {row['n']} | {row['dtype']} | {row['contender']} | "
+              f"{ms:.{0 if ms > 100 else 1}f} | {row['ratio_to_ours']} | {share:.0f} % | "
+              f"{row['peak_mib']} |")
 
 
 def main() -> None:

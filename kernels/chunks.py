@@ -72,7 +72,7 @@ def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.detach().contiguous(), weight.detach().to(hidden.dtype).contiguous()
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -97,7 +97,7 @@ def chunk_logits(x: Tensor, w: Tensor, limit: int) -> Iterator[tuple[slice, Tens
 
 def new_stats(x: Tensor, n: int, extra: bool = False) -> Tensor:
     """(3, n), or (5, n) with `extra`: the row softmax's `logp` writes it and `grad` reads it."""
-    return x.new_empty(5 if extra else 3, n, dtype=wide(x.dtype))
+    return x.new_empty(5 if extra else 3, n, dtype=accum_dtype(x.dtype))
 
 
 class WeightGrad:
@@ -114,7 +114,7 @@ class WeightGrad:
 
     def add(self, g: Tensor, x: Tensor, last: bool) -> None:
         """Adds G^T X of a chunk; `last` if it is the last one."""
-        out_dtype = wide(x.dtype)
+        out_dtype = accum_dtype(x.dtype)
         only = self.total is None and last and self.dtype == x.dtype
         if x.dtype == out_dtype or only:
             self.total = torch.mm(g.t(), x) if self.total is None else self.total.addmm_(g.t(), x)

@@ -83,7 +83,7 @@ def linear_dpo(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    cu_seqlens: Tensor,
+    cu_targets: Tensor,
     ref_logps: Tensor | None = None,
     *,
     ref_hidden: Tensor | None = None,
@@ -98,7 +98,7 @@ def linear_dpo(
 
     Args:
         hidden, weight, targets: as in `linear_logp`; row n predicts completion token targets_n.
-        cu_seqlens: (2B + 1,) int, boundaries of the sequences in hidden; sequence 2b is the chosen and
+        cu_targets: (2B + 1,) int, boundaries of the sequences in hidden; sequence 2b is the chosen and
             2b + 1 the rejected one of pair b. Keep it on the CPU: reading it elsewhere waits for the
             device.
         ref_logps: (2B,) float32, the reference's log-probability of every sequence.
@@ -116,11 +116,11 @@ def linear_dpo(
     """
     check_operands("linear_dpo", hidden, weight, targets)
     check_loss(beta, loss_type, label_smoothing)
-    offsets = cu_seqlens.tolist()
+    offsets = cu_targets.tolist()
     _check_reference(ref_logps, ref_hidden, hidden, weight, offsets)
-    check_segments(targets, cu_seqlens.cpu())
+    check_segments(targets, cu_targets.cpu())
     x, w = operands(hidden, weight)
-    targets, cu_seqlens = targets.contiguous(), cu_seqlens.to(x.device, non_blocking=True)
+    targets, cu_targets = targets.contiguous(), cu_targets.to(x.device, non_blocking=True)
     dx, dw = _gradients(hidden, weight, x, w)
     sides = 1 if ref_hidden is None else 2
     limit = chunk_limit(x, len(w), chunk_bytes) // sides
@@ -138,7 +138,7 @@ def linear_dpo(
         z, s = buffer[: len(rows)], stats[:, : len(rows)]
         torch.mm(rows, w.t(), out=z)
         ops.logp(z, labels, s)
-        cu = cu_seqlens[2 * first : 2 * last + 1]
+        cu = cu_targets[2 * first : 2 * last + 1]
         if ref_logps is None:
             refs = segment_sum(s[LOGP, n:], cu)
         else:
@@ -210,7 +210,7 @@ def _check_reference(
         raise ValueError("linear_dpo needs either ref_logps or ref_hidden")
     if len(offsets) % 2 == 0:
         raise ValueError(
-            f"linear_dpo needs cu_seqlens (2B + 1,) for B pairs, got {len(offsets)} boundaries"
+            f"linear_dpo needs cu_targets (2B + 1,) for B pairs, got {len(offsets)} boundaries"
         )
     if ref_logps is not None and ref_logps.shape != (len(offsets) - 1,):
         raise ValueError(

@@ -23,13 +23,13 @@ from torch.autograd.function import once_differentiable
 
 from srit.kernels.chunks import (
     WeightGrad,
+    accum_dtype,
     check_operands,
     chunk_limit,
     chunk_logits,
     new_stats,
     operands,
     row_ops,
-    wide,
 )
 from srit.kernels.dispatch import use_triton
 from srit.kernels.row_softmax import CORRECT, ENTROPY, LOGP
@@ -37,7 +37,7 @@ from srit.kernels.row_softmax import CORRECT, ENTROPY, LOGP
 PATHS = ("auto", "gemm", "fused")
 # GPU name -> largest D for which path B was measured faster than path A; benchmarks/bench_kernels.py
 # prints the entry. GPUs that are not listed use path A.
-FUSED_UP_TO: dict[str, int] = {}
+FUSED_UP_TO: dict[str, int] = {"NVIDIA H200": 4096}
 
 
 class TokenStats(NamedTuple):
@@ -93,7 +93,7 @@ def linear_logp(
 
 def linear_logp_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The definition, with full logits and autograd: for tests and benchmarks."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide(hidden.dtype))
+    logits = F.linear(hidden, weight.to(hidden.dtype)).to(accum_dtype(hidden.dtype))
     return F.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
 

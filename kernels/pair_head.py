@@ -32,7 +32,7 @@ class PairHead(NamedTuple):
 
 def pair_head(
     logps: Tensor,
-    cu_seqlens: Tensor,
+    cu_targets: Tensor,
     ref_logps: Tensor,
     beta: float,
     loss_type: str,
@@ -44,7 +44,7 @@ def pair_head(
     Args:
         logps: (N,) float32, completion tokens of all sequences; sequence 2b is the chosen and
             2b + 1 the rejected one of pair b.
-        cu_seqlens: (2B + 1,) int, boundaries of the sequences; logps begins at cu_seqlens[0].
+        cu_targets: (2B + 1,) int, boundaries of the sequences; logps begins at cu_targets[0].
         ref_logps: (2B,) float32, `segment_sum` of the reference's logps.
         beta, loss_type, label_smoothing: as in `dpo_loss`.
         rpo_alpha: weight of the term -log p(chosen) / (tokens of chosen), which keeps log p(chosen)
@@ -54,13 +54,13 @@ def pair_head(
     do, and for a negative rpo_alpha.
     """
     check_loss(beta, loss_type, label_smoothing, rpo_alpha)
-    check_segments(logps, cu_seqlens)
-    if ref_logps.dim() != 1 or len(ref_logps) % 2 or len(ref_logps) + 1 != len(cu_seqlens):
+    check_segments(logps, cu_targets)
+    if ref_logps.dim() != 1 or len(ref_logps) % 2 or len(ref_logps) + 1 != len(cu_targets):
         raise ValueError(
-            f"pair_head needs cu_seqlens (2B + 1,) and ref_logps (2B,), got"
-            f" {tuple(cu_seqlens.shape)} and {tuple(ref_logps.shape)}"
+            f"pair_head needs cu_targets (2B + 1,) and ref_logps (2B,), got"
+            f" {tuple(cu_targets.shape)} and {tuple(ref_logps.shape)}"
         )
-    arguments = logps, cu_seqlens.to(logps.device, non_blocking=True), ref_logps
+    arguments = logps, cu_targets.to(logps.device, non_blocking=True), ref_logps
     settings = beta, loss_type, label_smoothing, rpo_alpha
     if use_triton(logps.device):
         from srit.kernels.pair_head_triton import run_head
@@ -71,16 +71,16 @@ def pair_head(
 
 def _pair_head_torch(
     logps: Tensor,
-    cu_seqlens: Tensor,
+    cu_targets: Tensor,
     ref_logps: Tensor,
     beta: float,
     loss_type: str,
     label_smoothing: float,
     rpo_alpha: float,
 ) -> PairHead:
-    lengths = cu_seqlens.diff()
+    lengths = cu_targets.diff()
     with torch.enable_grad():
-        sums = _segment_sum_torch(logps.detach(), cu_seqlens).requires_grad_()
+        sums = _segment_sum_torch(logps.detach(), cu_targets).requires_grad_()
         losses, chosen_rewards, rejected_rewards = dpo_loss(
             sums[0::2], sums[1::2], ref_logps[0::2], ref_logps[1::2],
             beta, loss_type, label_smoothing, lengths[0::2], lengths[1::2],
@@ -93,43 +93,43 @@ def _pair_head_torch(
     return PairHead(*(t.detach() for t in results))
 
 
-def segment_sum(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums of consecutive segments: logps (N,), cu_seqlens (S + 1,) int -> (S,) float32.
+def segment_sum(logps: Tensor, cu_targets: Tensor) -> Tensor:
+    """Sums of consecutive segments: logps (N,), cu_targets (S + 1,) int -> (S,) float32.
 
     A segment's sum depends on its own values only, added in a fixed order: policy and reference sums
     are equal to the bit if their log-probabilities are. Differentiable in logps. Raises ValueError for
-    wrong shapes and, if cu_seqlens is on the CPU, for an empty segment or boundaries that do not cover
+    wrong shapes and, if cu_targets is on the CPU, for an empty segment or boundaries that do not cover
     (N,).
     """
-    check_segments(logps, cu_seqlens)
+    check_segments(logps, cu_targets)
     if use_triton(logps.device):
         from srit.kernels.pair_head_triton import SegmentSum
 
-        return SegmentSum.apply(logps, cu_seqlens.to(logps.device, non_blocking=True))
-    return _segment_sum_torch(logps, cu_seqlens)
+        return SegmentSum.apply(logps, cu_targets.to(logps.device, non_blocking=True))
+    return _segment_sum_torch(logps, cu_targets)
 
 
-def _segment_sum_torch(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    offsets = cu_seqlens.to(logps.device, torch.int64)
+def _segment_sum_torch(logps: Tensor, cu_targets: Tensor) -> Tensor:
+    offsets = cu_targets.to(logps.device, torch.int64)
     offsets = offsets - offsets[0]
     sums = torch.segment_reduce(logps.double(), "sum", offsets=offsets)
     return sums.to(torch.float64 if logps.dtype == torch.float64 else torch.float32)
 
 
-def check_segments(logps: Tensor, cu_seqlens: Tensor) -> None:
-    """Raises ValueError unless cu_seqlens (S + 1,) cuts logps (N,) into non-empty segments."""
-    if logps.dim() != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+def check_segments(logps: Tensor, cu_targets: Tensor) -> None:
+    """Raises ValueError unless cu_targets (S + 1,) cuts logps (N,) into non-empty segments."""
+    if logps.dim() != 1 or cu_targets.dim() != 1 or len(cu_targets) == 0:
         raise ValueError(
-            f"needs logps (N,) and cu_seqlens (S + 1,), got {tuple(logps.shape)} and"
-            f" {tuple(cu_seqlens.shape)}"
+            f"needs logps (N,) and cu_targets (S + 1,), got {tuple(logps.shape)} and"
+            f" {tuple(cu_targets.shape)}"
         )
-    if cu_seqlens.device.type != "cpu":  # reading it would wait for the device
+    if cu_targets.device.type != "cpu":  # reading it would wait for the device
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    first, last = int(cu_targets[0]), int(cu_targets[-1])
     if last - first != len(logps):
         raise ValueError(
-            f"cu_seqlens must span the number of tokens {len(logps)}, got {first} to {last}"
+            f"cu_targets must span the number of tokens {len(logps)}, got {first} to {last}"
         )
-    empty = (cu_seqlens.diff() <= 0).nonzero()
+    empty = (cu_targets.diff() <= 0).nonzero()
     if len(empty):
         raise ValueError(f"sequence {int(empty[0])} has no completion token: drop its pair first")

@@ -119,28 +119,28 @@ def head_kernel(
 
 class SegmentSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-        ctx.save_for_backward(cu_seqlens)
+    def forward(ctx, logps: Tensor, cu_targets: Tensor) -> Tensor:
+        ctx.save_for_backward(cu_targets)
         ctx.like = logps.shape, logps.dtype
-        sums = torch.empty(len(cu_seqlens) - 1, dtype=torch.float32, device=logps.device)
+        sums = torch.empty(len(cu_targets) - 1, dtype=torch.float32, device=logps.device)
         if len(sums):
             segment_sum_kernel[(len(sums),)](
-                _float_vector(logps), cu_seqlens.contiguous(), sums, BLOCK, num_warps=NUM_WARPS
+                _float_vector(logps), cu_targets.contiguous(), sums, BLOCK, num_warps=NUM_WARPS
             )
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (cu_seqlens,) = ctx.saved_tensors
+        (cu_targets,) = ctx.saved_tensors
         (n,), dtype = ctx.like
-        lengths = cu_seqlens.diff()
+        lengths = cu_targets.diff()
         return grad.repeat_interleave(lengths, output_size=n).to(dtype), None
 
 
 def run_head(
     logps: Tensor,
-    cu_seqlens: Tensor,
+    cu_targets: Tensor,
     ref_logps: Tensor,
     beta: float,
     loss_type: str,
@@ -153,7 +153,7 @@ def run_head(
     results = tuple(map(new, (pairs, pairs, pairs, 2 * pairs, len(logps))))
     if pairs:
         head_kernel[(pairs,)](
-            _float_vector(logps), cu_seqlens.contiguous(), _float_vector(ref_logps), *results,
+            _float_vector(logps), cu_targets.contiguous(), _float_vector(ref_logps), *results,
             float(beta), float(smoothing_slope(loss_type, label_smoothing)), float(rpo_alpha),
             SHAPES.get(loss_type, LOGISTIC.value), loss_type in LENGTH_AVERAGED, BLOCK,
             num_warps=NUM_WARPS,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from srit.models import varlen
 from srit.models.cache import STRIDE, KVCache
+from srit.models.ops import recomputable
 from srit.models.paged_cache import PagedCache
-from srit.models.recompute import recomputable
 
 
 class AttentionMetadata:
@@ -95,7 +95,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, layer: 
     if isinstance(cache, PagedCache):
         out = cache.attend(q[:, 0], k[:, 0], v[:, 0], metadata.step, layer, window, scale)
         return out[:, None]
-    if metadata.packed and varlen.usable(q.device, q.dtype, q.shape[-1], window):
+    if metadata.packed and _takes_varlen(q, window):
         return varlen.attend(q[0], k[0], v[0], metadata.stream, window, scale)[None]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, hd)
     if metadata.packed:
@@ -103,6 +103,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, layer: 
     if cache is not None:
         k, v = cache.update(layer, k, v, metadata.positions, metadata.num_keys)
     return _sdpa(q, k, v, metadata.mask(window, q.shape[2]), scale)
+
+
+
+def _takes_varlen(q: Tensor, window: int | None) -> bool:
+    """Whether one call does the whole stream: on a GPU, in 16 bits, where torch's function is right."""
+    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+            and varlen.usable(q.device, q.dtype, q.shape[-1], window is not None))
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, window: int | None,

@@ -21,9 +21,8 @@ from srit.models.attention import AttentionMetadata, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
 from srit.models.onednn import PackedBlock, PackedLinear
-from srit.models.ops import glu, rms_norm, rotate
+from srit.models.ops import glu, recompute_in_backward, rms_norm, rotate
 from srit.models.paged_cache import PagedCache
-from srit.models.recompute import recompute_in_backward
 
 
 class Linear(nn.Linear):
@@ -144,7 +143,7 @@ class Decoder(nn.Module):
     """A causal language model with activations of dtype `compute_dtype`.
 
     `gradient_checkpointing` is what the backward recomputes, in training mode:
-      None     norms, gated products and joined attention parts (see models/recompute.py)
+      None     norms, gated products and joined attention parts (see models/ops.py)
       "mlp"    each MLP, and of the rest what None recomputes
       "block"  each block
     """
@@ -154,6 +153,7 @@ class Decoder(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.gradient_checkpointing: Literal["block", "mlp"] | None = None
         self.packed_head: PackedLinear | None = None
+        self.embedding_scale = config.hidden_size**0.5 if config.is_gemma else None
         self.model = Body(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -225,8 +225,8 @@ class Decoder(nn.Module):
         rope = {kind: rope_tables(kind, self.config.head_dim, metadata.positions)
                 for kind in {self.config.rope, self.config.local_rope}}
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
-        if self.config.is_gemma:  # the factor is rounded to the dtype, as in the reference
-            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        if self.embedding_scale is not None:  # rounded to the dtype first, as in the reference
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=x.device)
 
         recorded = torch.is_grad_enabled()
         policy = self.gradient_checkpointing if self.training and recorded else None

@@ -1,6 +1,7 @@
 """Checkpoints in and out: Hugging Face directory, hub id, GGUF. Pickled weights are never read."""
 
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +23,8 @@ from srit.runtime.limits import check, read_object
 SHARD_BYTES = 5 * 1000**3
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja")
+NAMES = (CONFIG, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "generation_config.json", "chat_template.jinja")
 
 
 def resolve(name: str | Path) -> Path:
@@ -47,6 +48,10 @@ def resolve(name: str | Path) -> Path:
             raise InputError(f"{name}: the package has no such file")
         return path
     path = Path(name)
+    if path.is_dir():
+        for file in (*(path / name for name in NAMES), *path.glob("*.safetensors")):
+            if file.is_symlink() and not file.exists():  # a hub snapshot whose blob is gone
+                raise InputError(f"{file}: a link to {os.readlink(file)}, which does not exist")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -68,8 +73,7 @@ def model_files(name: str | Path) -> list[Path]:
     path = resolve(name)
     if path.is_file():
         return [path]
-    names = (CONFIG, INDEX, *TOKENIZER_FILES)
-    return [*(path / name for name in names if (path / name).is_file()),
+    return [*(path / name for name in NAMES if (path / name).is_file()),
             *sorted(path.glob("*.safetensors")), *sorted(path.glob("state/*.safetensors"))]
 
 
@@ -196,8 +200,11 @@ def save_model(model: Decoder, config: ModelConfig, directory: str | Path | None
             if directory is not None:
                 tensors[name] = tensor.cpu().contiguous()
         if directory is not None:
-            with atomic_path(directory / file) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
+            try:
+                with atomic_path(directory / file) as temporary:
+                    save_file(tensors, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, too
+                raise OSError(f"{directory / file}: {error}") from None
     if directory is None:
         return
     if len(shards) > 1:

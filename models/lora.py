@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from srit.models.decoder import Decoder, Linear
 from srit.models.sharded import copy_full_tensor, full_tensor
 from srit.runtime.files import InputError, atomic_path, atomic_write
+from srit.runtime.limits import INTEGER, NUMBER, check, is_integer, read_object
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
@@ -168,10 +169,13 @@ def load_adapter(model: Decoder, directory: str | Path) -> None:
     Raises InputError for a damaged file, an unsupported kind of adapter, or one of another model.
     """
     directory = Path(directory)
+    config = read_object(directory / "adapter_config.json")
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():  # reading a pipe may never end
+        raise InputError(f"{file}: no such file")
     try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(directory / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{directory}: no readable adapter ({error})") from None
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise InputError(f"{directory}: peft_type {config.get('peft_type')!r} with bias "
@@ -180,8 +184,16 @@ def load_adapter(model: Decoder, directory: str | Path) -> None:
         if config.get(key):
             raise InputError(f"{directory}: adapter_config.json sets {key}, which is not supported")
     if next(lora_parameters(model), None) is None:
-        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
-                 config["target_modules"])
+        r, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+        dropout, where = config.get("lora_dropout", 0.0), str(directory / "adapter_config.json")
+        check(is_integer(r, 1, INTEGER), where, "r", r, "an integer, at least 1")
+        check(isinstance(alpha, int | float) and abs(alpha) <= NUMBER, where, "lora_alpha", alpha,
+              f"a number, at most {NUMBER:g}")
+        check(isinstance(dropout, int | float) and 0 <= dropout <= 1, where, "lora_dropout", dropout,
+              "from 0 to 1")
+        check(isinstance(targets, list) and all(isinstance(name, str) for name in targets), where,
+              "target_modules", targets, "a list of names")
+        add_lora(model, r, alpha, dropout, targets)
     for name, module in _adapters(model):
         for matrix in ("lora_A", "lora_B"):
             key = f"{PREFIX}{name}.{matrix}.weight"

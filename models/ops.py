@@ -1,19 +1,24 @@
-"""RMSNorm, gated linear unit and rotary embedding; the first two save only their inputs.
+"""RMSNorm, gated linear unit and rotary embedding, and what the backward recomputes of them.
 
 Autograd would save every intermediate of these elementwise chains, in bfloat16 also the float32 copies.
-The backward recomputes them from the inputs. In a compiled layer they are plain operations, and the
-compiler decides what is saved.
+`rms_norm` and `glu` save only their inputs. Their outputs are most of what a block saves, as inputs of
+linear layers, and are cheap functions of tensors that are saved anyway: `recompute_in_backward` drops
+them as well. In a compiled layer these are plain operations, and the compiler decides what is saved.
 
 The forward runs the same operations in the same order with and without gradients, so that the first
 DPO loss is exactly ln 2. F.rms_norm would not: it has two code paths.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srit.models.recompute import recomputable
+_recomputing = False
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,9 +54,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight.float()).to(x.dtype), scale
+    x32 = x.float()
+    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * scale * weight.float()).to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -96,3 +101,43 @@ class _GLU(torch.autograd.Function):
 
 def _activate(gate: Tensor, gelu: bool) -> Tensor:
     return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
+
+
+@contextmanager
+def recompute_in_backward() -> Iterator[None]:
+    """Save no tensor marked `recomputable`; the backward recomputes it at each use.
+
+    Only the innermost saved-tensor hooks apply, so inside a checkpoint this does nothing.
+    """
+    global _recomputing
+    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        _recomputing = True
+        try:
+            yield
+        finally:
+            _recomputing = False
+
+
+def recomputable(value: Tensor, function: Callable[..., Tensor], *args: object) -> Tensor:
+    """Mark `value`, a new tensor, as function(*args), which must give the same bits again."""
+    if _recomputing:
+        args = (arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        # On the storage: views share the mark, and it is freed with the memory it describes.
+        value.untyped_storage().recompute = partial(function, *args)
+    return value
+
+
+def _pack(tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size]:
+    storage = tensor.untyped_storage()
+    function = getattr(storage, "recompute", None)
+    if function is None or tensor.nbytes != storage.nbytes() or not tensor.is_contiguous():
+        # Detached: a node that holds its own output with its history would never be freed.
+        return tensor.detach()
+    return function, tensor.shape
+
+
+def _unpack(saved: Tensor | tuple[Callable[[], Tensor], torch.Size]) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    function, shape = saved
+    return function().view(shape)

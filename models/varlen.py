@@ -82,16 +82,11 @@ def _accepts_gqa(function: Callable) -> bool:
     return "enable_gqa" in inspect.signature(function).parameters
 
 
-def usable(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
-    """Whether `attend` works there; checked at the first call."""
-    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return proven(device, dtype, head_dim, window is not None)
-
-
 @lru_cache
-def proven(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
-    """Whether a small stream gives the outputs and gradients of `definition`; warns if not."""
+def usable(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool) -> bool:
+    """Whether a small stream gives the outputs and gradients of `eager_attention`; warns if not."""
+    if varlen_attn is None:
+        return False
     lengths, parents, window = [5, 3, 9, 4, 1], [-1, 0, 0, -1, 3], 4 if windowed else None
     problem = "wrong results"
     # The first call may happen in inference mode, or under the hooks of a checkpointed block.
@@ -101,7 +96,7 @@ def proven(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bo
         q, k, v, grad = (torch.randn(sum(lengths), heads, head_dim, generator=make).to(device, dtype)
                          for heads in (4, 2, 2, 4))
         inputs = [x.double().requires_grad_() for x in (q, k, v)]
-        out = definition(*inputs, lengths, parents, window, head_dim**-0.5)
+        out = eager_attention(*inputs, lengths, parents, window, head_dim**-0.5)
         want = [out, *torch.autograd.grad(out, inputs, grad.double())]
         try:
             inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -118,8 +113,8 @@ def proven(device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bo
     return False
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: list[int],
-               window: int | None, scale: float) -> Tensor:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], parents: list[int],
+                    window: int | None, scale: float) -> Tensor:
     """As `attend`, by a mask over all pairs of tokens."""
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     parent = torch.tensor(parents)[segment]

@@ -3,6 +3,7 @@
 A field's docstring is its help text; `__post_init__` refuses values without meaning.
 """
 
+import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +31,15 @@ def check_numbers(config: Any) -> None:
                    f"a number, at most {limits.NUMBER:g}")
 
 
+def check_date(day: str | None) -> None:
+    """Raise InputError for a day that the calendar does not have, or that is not written YYYY-MM-DD."""
+    try:
+        ok = day is None or str(datetime.date.fromisoformat(day)) == day
+    except ValueError:
+        ok = False
+    _check(ok, "date", day, "a day as YYYY-MM-DD")
+
+
 @dataclass
 class TrainConfig:
     """Settings that SFT and DPO share."""
@@ -48,6 +58,8 @@ class TrainConfig:
     """Compute dtype. Master weights, gradients and optimizer are always float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    date: str | None = None
+    """The day that chat templates show, as YYYY-MM-DD; by default the one on which the run began."""
     max_length: int = 1024
     """Longest row in tokens; a longer one is dropped and counted, never cut."""
     num_train_epochs: float = 1.0
@@ -127,6 +139,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_date(self.date)
         for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
                      "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -160,6 +173,8 @@ class SFTConfig(TrainConfig):
     """Prompt in front of the demonstration; both styles: each demonstration is trained with both."""
     filter_demos: bool = True
     """Keep only demonstrations whose final answer is the ground truth."""
+    drop_false_equations: bool = False
+    """Drop rows with an equation that is false, such as 37 - 21 = 18."""
     packing: bool = False
     """Fill rows up to max_length with several examples; attention stays within each example."""
 
@@ -228,6 +243,8 @@ class GenerateConfig:
     """Dtype of weights and cache; logits are always float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    date: str | None = None
+    """The day that chat templates show, as YYYY-MM-DD; by default the one on which the run began."""
     engine: Literal["srit", "vllm"] = "srit"
     """srit: our own engine. vllm: vLLM (extra: vllm), in one process, not reproducible bit for bit."""
     num_samples: int = 1
@@ -246,6 +263,8 @@ class GenerateConfig:
     """A completion ends before the first of these strings."""
     return_logps: bool = False
     """Write the model's log-probability of every generated token as `logps`."""
+    calculator: bool = False
+    """Compute what follows an expression and "=", and force it; the rows say where (`forced`)."""
     max_new_tokens: int = 256
     """Longest completion, in tokens."""
     per_device_batch_size: int = 128
@@ -261,11 +280,14 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_date(self.date)
         for name in ("num_samples", "per_device_batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_cache_memory", "max_time"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        _check(self.engine == "srit" or not self.calculator, "engine", self.engine,
+               f"srit with --calculator {self.calculator}")
         check_sampling(self)
 
 
@@ -297,6 +319,8 @@ class EvalConfig(GenerateConfig):
     """Prompt style to answer with."""
     scoring: Literal["generate", "options"] = "generate"
     """generate: the model writes its answer. options: its likeliest option (multiple choice only)."""
+    calculator: Literal[False, True, "both"] = False
+    """As for sampling. both: without, and with it in results_calculator.json."""
     in_domain: list[str] = field(default_factory=list)
     """Data sets that the student was trained on."""
 
@@ -305,6 +329,8 @@ class EvalConfig(GenerateConfig):
         _check(bool(self.eval_file), "eval_file", self.eval_file, "at least one file")
         _check(self.engine == "srit" or self.scoring == "generate", "engine", self.engine,
                "srit with --scoring options")
+        _check(not self.calculator or self.scoring == "generate", "calculator", self.calculator,
+               "False with --scoring options")
 
 
 @dataclass

@@ -14,7 +14,7 @@ import tyro
 from safetensors import SafetensorError
 
 from srit.recipe import check_keys, keys_of, read_yaml, stage_values
-from srit.runtime import distributed, shutdown
+from srit.runtime import shutdown
 from srit.runtime.files import InputError
 from srit.runtime.outcome import (
     BAD_INPUT,
@@ -92,25 +92,30 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
             shutdown.end_with_parent()
             main(cfg)
     except (Finished, Stopped) as reason:
+        from srit.runtime import distributed  # here, because it imports torch
+
         if distributed.rank() == 0:
             print(reason, flush=True)
             if isinstance(reason, Stopped) and getattr(cfg, "overwrite_output_dir", False):
                 print("leave out --overwrite_output_dir then: it would start from nothing", flush=True)
         distributed.leave_process_group()
         sys.exit(STOPPED if isinstance(reason, Stopped) else FINISHED)
-    except (InputError, SafetensorError) as error:
+    except InputError as error:
         _exit(BAD_INPUT, f"error: {error}")
     except Diverged as error:
         _exit(DIVERGED, f"error: {error}")
-    except (Failed, OSError) as error:  # OSError: disk full, no permission, ...
+    except (Failed, OSError, SafetensorError) as error:  # the last two: disk full, no permission, ...
         _exit(FAILED, f"error: {error}")
     except RuntimeError as error:
         # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
         text = str(error)
         if any(sign in text for sign in LOST):
+            from srit.runtime import distributed
+
             _exit(FAILED, f"error: rank {distributed.rank()}: another rank has died or does not answer "
-                          f"({text.splitlines()[0]}); see that rank's own message. The same command "
-                          "resumes from the last checkpoint")
+                          f"({text.splitlines()[0]}); see that rank's own message. The same command, "
+                          "with --resume_from_checkpoint auto (the default), resumes from the last "
+                          "checkpoint")
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
         _exit(FAILED, f"error: out of memory ({text.splitlines()[0]}). Training: lower "

@@ -1,6 +1,6 @@
 """A recipe: one YAML file for the whole method, expanded into stages and the files between them.
 
-Top level: settings that all stages share (model_name_or_path, output_dir, seed, dtype, device),
+Top level: settings that all stages share (model_name_or_path, output_dir, seed, dtype, device, date),
 `data` (demos, questions, eval, in_domain), `rounds`, and one section per kind of stage (sft, sample,
 pair, dpo, eval) with keys of that stage's config.
 """
@@ -18,10 +18,11 @@ import yaml
 
 from srit.config import DPOConfig, EvalConfig, PairConfig, SampleConfig, SFTConfig
 from srit.runtime.files import InputError
+from srit.runtime.limits import check
 
 KINDS = {"sft": SFTConfig, "sample": SampleConfig, "pair": PairConfig, "dpo": DPOConfig,
          "eval": EvalConfig}
-SHARED = ("model_name_or_path", "output_dir", "seed", "dtype", "device")
+SHARED = ("model_name_or_path", "output_dir", "seed", "dtype", "device", "date")
 DATA = ("demos", "questions", "eval", "in_domain")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -79,12 +80,16 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     for key in ("model_name_or_path", "output_dir", "data"):
         if key not in recipe:
             raise InputError(f"{path}: no key '{key}'")
+    for key in ("model_name_or_path", "output_dir"):
+        check(isinstance(recipe[key], str), str(path), key, recipe[key], "a string")
     if not isinstance(recipe["data"], dict):
         raise InputError(f"{path}: data: expected a mapping with {', '.join(DATA)}")
     check_keys(recipe["data"], DATA, f"{path}: data")
     for key in DATA:
         value = recipe["data"].get(key, [])
-        recipe["data"][key] = [value] if isinstance(value, str) else value
+        names = recipe["data"][key] = [value] if isinstance(value, str) else value
+        check(isinstance(names, list) and all(isinstance(name, str) for name in names),
+              f"{path}: data", key, value, "a string or a list of strings")
     if not recipe["data"]["demos"]:
         raise InputError(f"{path}: data: demos names no file")
     for kind, cls in KINDS.items():

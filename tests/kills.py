@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from tiny import demo, metrics, pair, question, tiny_checkpoint, write_rows
 
 from srit.config import DPOConfig, SampleConfig, SFTConfig
 from srit.runtime import files
+from srit.runtime.outcome import Finished
 from srit.train import dpo, sample, sft
 from srit.training.checkpoint import CheckpointWriter
 from srit.training.saving import BestWeights
@@ -92,7 +94,8 @@ def in_child(calls: Calls, stage: str, folder: Path, out: Path, report: Path | N
         calls.watch(json, "dumps")
         threading.setprofile(calls)
         sys.setprofile(calls)
-        start(stage, folder, out)
+        with suppress(Finished):  # it was killed between its last write and its end
+            start(stage, folder, out)
         sys.setprofile(None)
         if report:
             report.write_text(json.dumps([next(calls.count), calls.saving]))

@@ -1,4 +1,4 @@
-"""Rules of the house, read from the source: floors, no circles, no pickle, every setting is read.
+"""Rules read from the source: layers, no import cycles, no pickle, every setting is read.
 
 `python tests/test_architecture.py` draws the picture of docs/architecture.md anew.
 """
@@ -16,11 +16,11 @@ from srit.commands.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
-MARKS = "<!-- rooms: drawn by tests/test_architecture.py -->\n```text\n", "```\n<!-- end of rooms -->"
-# From below. A room imports from the floors below its own, or from its own floor.
-FLOORS = (("runtime",), ("kernels",), ("config", "recipe", "launch", "models"), ("text",), ("grading",),
+MARKS = "<!-- drawn by tests/test_architecture.py -->\n```text\n", "```\n<!-- end -->"
+# From below. A package imports from the layers below its own, or from its own layer.
+LAYERS = (("runtime",), ("kernels",), ("config", "recipe", "launch", "models"), ("text",), ("grading",),
           ("data",), ("losses",), ("generation", "training"), ("commands", "train"))
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 FILES = [path for folder in ("kernels", "models", "srit", "train")
          for path in sorted((ROOT / folder).rglob("*.py"))]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
@@ -31,7 +31,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts if parts[0] == "srit" else ("srit", *parts)).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str | None:
+def package_of(module: str) -> str | None:
     """`generation` for srit.generation.engine; None for what is not ours, and for `srit` itself."""
     parts = module.split(".")
     return parts[1] if parts[0] == "srit" and len(parts) > 1 else None
@@ -52,51 +52,53 @@ def imports(tree: ast.AST) -> list[str]:
     return found
 
 
-def room_arrows() -> dict[str, set[str]]:
-    arrows = defaultdict(set)
-    for path, tree in TREES.items():
-        own = room_of(module_of(path))
-        for name in imports(tree):
-            if own and (other := room_of(name)) in FLOOR and other != own:
-                arrows[own].add(other)
-    return arrows
+IMPORTS = {path: imports(tree) for path, tree in TREES.items()}
+
+
+def package_imports() -> dict[str, set[str]]:
+    found = defaultdict(set)
+    for path, names in IMPORTS.items():
+        own = package_of(module_of(path))
+        for name in names:
+            if own and (other := package_of(name)) in LAYER and other != own:
+                found[own].add(other)
+    return found
 
 
 def picture() -> str:
-    """The rooms from the top floor down, and what each imports."""
-    arrows = room_arrows()
+    """The packages from the top layer down, and what each imports."""
+    imported = package_imports()
     lines = []
-    for rooms in reversed(FLOORS):
-        for room in rooms:
-            below = sorted(arrows[room], key=lambda other: (-FLOOR[other], other))
-            lines.append(f"{room:11} -> {', '.join(below)}" if below else room)
+    for packages in reversed(LAYERS):
+        for package in packages:
+            below = sorted(imported[package], key=lambda other: (-LAYER[other], other))
+            lines.append(f"{package:11} -> {', '.join(below)}" if below else package)
         lines.append("-" * 40)
     return "\n".join(lines[:-1]) + "\n"
 
 
-def test_every_file_is_in_a_room():
-    rooms = {room_of(module) for module in MODULES} - {None}
-    assert rooms == set(FLOOR)
+def test_every_package_has_a_layer():
+    assert {package_of(module) for module in MODULES} - {None} == set(LAYER)
 
 
 def test_imports_flow_downward():
-    wrong = [(room, other) for room, others in room_arrows().items() for other in others
-             if FLOOR[other] > FLOOR[room]]
+    wrong = [(package, other) for package, others in package_imports().items() for other in others
+             if LAYER[other] > LAYER[package]]
     assert not wrong
 
 
-def test_no_circle_of_rooms_or_files():
-    """Imports inside functions count as well: they would only hide a circle."""
+def test_no_import_cycle_of_packages_or_files():
+    """Imports inside functions count as well: they would only hide a cycle."""
     files = {name: {m for m in MODULES if m != name and any(
-        n == m or n.startswith(m + ".") for n in imports(TREES[path]))
+        n == m or n.startswith(m + ".") for n in IMPORTS[path])
         and not (m in name and name.startswith(m + "."))} for name, path in MODULES.items()}
     # `from srit.models import Decoder` also names the package `srit.models`, not what it imports.
     packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
     files = {name: others - packages for name, others in files.items() if name not in packages}
-    for graph in (files, room_arrows()):
+    for graph in (files, package_imports()):
         while graph:  # take away what imports nothing that is left
             leaves = {name for name, others in graph.items() if not others & graph.keys()}
-            assert leaves, f"circle among {sorted(graph)}"
+            assert leaves, f"cycle among {sorted(graph)}"
             graph = {name: others for name, others in graph.items() if name not in leaves}
 
 
@@ -108,7 +110,7 @@ def test_the_picture_is_up_to_date():
 
 def test_no_pickle_and_no_eval():
     for path, tree in TREES.items():
-        roots = {name.split(".")[0] for name in imports(tree)}
+        roots = {name.split(".")[0] for name in IMPORTS[path]}
         assert not roots & {"pickle", "dill", "joblib", "cloudpickle"}, path
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
@@ -161,7 +163,7 @@ def settings_read() -> dict[str, set[str]]:
 
 def test_every_setting_is_read():
     """A flag that nothing reads would be a promise not kept."""
-    classes = [getattr(importlib.import_module(module), name) for _, module, name in COMMANDS.values()]
+    classes = [cls for _, cls, _ in COMMANDS.values()]
     by_name = {cls.__name__: cls for cls in [*classes, config.TrainConfig, config.GenerateConfig]}
     read = settings_read()
     assert len(classes) == len(COMMANDS) and set(read) - {"Any", ""} <= by_name.keys()

@@ -36,6 +36,13 @@ def test_a_generation_setting_without_meaning_is_refused_with_its_rule(name, val
             cls(**BASE, **{files: ["f"], name: value})
 
 
+@pytest.mark.parametrize("day", ["2026-02-30", "20260228", "today", ""])
+def test_a_date_is_a_day_of_the_calendar(day):
+    for cls, files in ((SFTConfig, "train_file"), (EvalConfig, "eval_file")):
+        with pytest.raises(InputError, match="^--date .*: must be a day as YYYY-MM-DD"):
+            cls(**BASE, **{files: ["f"], "date": day})
+
+
 def test_the_bounds_themselves_are_allowed():
     from torch import Generator
 

@@ -1,6 +1,7 @@
 """Bad days: what goes wrong from outside, and what a run makes of it."""
 
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -9,19 +10,22 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import demo, metrics, pair, question, tiny_checkpoint, write_rows
+from tiny import demo, metrics, pair, question, tiny_checkpoint, tiny_gguf, write_rows
+from tokenizers import pre_tokenizers
 
 from srit.config import DPOConfig, SampleConfig, SFTConfig
 from srit.runtime import shutdown
 from srit.runtime.files import InputError
 from srit.runtime.lock import lock
-from srit.runtime.outcome import BAD_INPUT, STOPPED, Diverged, Stopped
+from srit.runtime.outcome import BAD_INPUT, STOPPED, Diverged, Finished, Stopped
 from srit.train import dpo, sample, sft
+from srit.training import saving
 from srit.training.checkpoint import damage
 
 LOOP = dict(dtype="float32", device="cpu", max_length=256, learning_rate=1e-3, logging_steps=1,
@@ -150,7 +154,7 @@ def test_checksums_are_those_of_sha256sum(tiny, rows, tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"format": 99}, "a checkpoint of format 99, this version reads format 1; go on with"),
+    ({"format": 99}, "a checkpoint of format 99, this version reads format 2; go on with"),
     ({"batch_size": 16}, "a step was 16 rows, pairs or bins, and would now be 2; adapt"),
     ({"extra": 1}, "not a checkpoint"),
 ])
@@ -224,14 +228,92 @@ def test_a_signal_to_torchrun_stops_all_ranks_at_one_step(tiny, rows, tmp_path):
     assert (out / f"checkpoint-{step}").is_dir() and len(metrics(out)) == step
 
 
-def test_the_second_signal_ends_at_once():
-    script = ("import os, signal, time\nfrom srit.runtime import shutdown\nwith shutdown.listening():\n"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_second_signal_ends_at_once(number):
+    """The status is the shell's of a process that died of it: 143, 130, 129."""
+    script = ("import os, time\nfrom srit.runtime import shutdown\nwith shutdown.listening():\n"
               "    for _ in range(3):\n"
-              "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(0.1)\n"
-              "    assert shutdown.requested()\n    print('asked', flush=True)\n    time.sleep(1.1)\n"
-              "    os.kill(os.getpid(), signal.SIGTERM)\n    print('not reached')\n")
+              f"        os.kill(os.getpid(), {int(number)})\n        time.sleep(0.1)\n"
+              "    assert shutdown.requested()\n    os.write(2, b'asked')\n    time.sleep(1.1)\n"
+              f"    os.kill(os.getpid(), {int(number)})\n    os.write(2, b'not reached')\n")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "asked\n" and done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.endswith("asked") and done.returncode == 128 + number
+
+
+def test_a_terminal_that_is_gone_stops_the_run_in_order(tiny, rows, tmp_path):
+    """The kernel sends SIGHUP, and refuses every later output: the run saves, and goes on later."""
+    out, (terminal, own) = tmp_path / "out", os.openpty()
+
+    def take():
+        fcntl.ioctl(own, termios.TIOCSCTTY)
+    settings = {"save_steps": 0, "warmup_ratio": 0.0}
+    words = command("sft", tiny, rows, out, **settings | {"max_steps": 100_000})
+    run = subprocess.Popen(words, env=ENV, stdin=own, stdout=own, stderr=own, start_new_session=True,
+                           preexec_fn=take)
+    os.close(own)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text())
+    os.close(terminal)
+    assert run.wait(timeout=60) == STOPPED
+    (checkpoint,) = out.glob("checkpoint-*")
+    steps = int(checkpoint.name.partition("-")[2]) + 2
+    start("sft", tiny, rows, out, max_steps=steps, **settings)
+    start("sft", tiny, rows, tmp_path / "straight", max_steps=steps, **settings)
+    assert outcome(out) == outcome(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_signal_during_the_export_lets_it_end(tiny, rows, tmp_path, straight, monkeypatch, stage):
+    undisturbed, save = straight(stage), saving.save_model
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+    monkeypatch.setattr(saving, "save_model", interrupted)
+    with shutdown.listening():
+        start(stage, tiny, rows, tmp_path)
+        assert shutdown.requested()
+    assert outcome(tmp_path) == undisturbed
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is True
+
+
+def test_damaged_best_weights_of_an_adapter_are_set_aside(tiny, rows, tmp_path, capsys):
+    settings = dict(use_peft=True, eval_file=[str(rows / "sft.jsonl")], eval_steps=1, save_steps=6,
+                    learning_rate=0.3)
+    start("sft", tiny, rows, tmp_path / "best", **settings)
+    start("sft", tiny, rows, tmp_path / "last", load_best_model_at_end=False, **settings)
+    (best,) = (tmp_path / "best").glob("best-*")
+    flip(best / "adapter_model.safetensors")
+    run = tmp_path / "best" / "run.json"
+    run.write_text(run.read_text().replace('"finished": true', '"finished": false'))
+    start("sft", tiny, rows, tmp_path / "best", **settings)
+    assert "adapter_model.safetensors is damaged" in capsys.readouterr().out
+    assert (tmp_path / "best" / f"damaged-{best.name}").is_dir()
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "best" / file).read_bytes() == (tmp_path / "last" / file).read_bytes()
+
+
+def test_a_hub_snapshot_or_gguf_replaced_before_the_resume_is_refused(rows, tmp_path):
+    """The snapshot keeps its names: only the blob that one of them links to is another."""
+    def blob(seed):
+        return tiny_checkpoint(tmp_path / "blobs" / str(seed), seed) / "model.safetensors"
+
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for file in blob(0).parent.iterdir():
+        (snapshot / file.name).symlink_to(file)
+
+    def other_weights():
+        (snapshot / "model.safetensors").unlink()
+        (snapshot / "model.safetensors").symlink_to(blob(1))
+    alphabet = "".join(pre_tokenizers.ByteLevel.alphabet())
+    file = tiny_gguf(tmp_path / "m.gguf", alphabet)
+    for model, replace in ((snapshot, other_weights), (file, lambda: tiny_gguf(file, alphabet, 2.0))):
+        out = tmp_path / f"out-{model.name}"
+        with shutdown.listening(max_time=1e-9), pytest.raises(Stopped):
+            start("sample", model, rows, out)
+        replace()
+        with pytest.raises(InputError, match=f"a run of other inputs: {model}.* has changed"):
+            start("sample", model, rows, out)
 
 
 def test_a_recipe_stops_with_its_stage_and_goes_on(tiny, rows, tmp_path):
@@ -469,6 +551,12 @@ def test_templates_show_the_date_of_the_run(rows, tmp_path):
     lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     assert lines and all(json.loads(line)["prompt"].startswith("1999-12-31") for line in lines)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["date"] == "1999-12-31"
+    start("sample", tiny, rows, tmp_path / "given", date="2000-02-29")  # as `srit run` gives it
+    assert '"prompt": "2000-02-29' in (tmp_path / "given" / "samples.jsonl").read_text()
+    with pytest.raises(InputError, match="date was '2000-02-29', now '2000-03-01'"):
+        start("sample", tiny, rows, tmp_path / "given", date="2000-03-01")
+    with pytest.raises(Finished):
+        start("sample", tiny, rows, tmp_path / "given")
 
 
 def test_no_git_is_needed(tiny, rows, tmp_path):

@@ -8,11 +8,10 @@ import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG, demo, pair, tiny_checkpoint
+from tiny import CONFIG, demo, pair, tiny_checkpoint, tiny_gguf
 
 from srit.config import DPOConfig, SampleConfig, SFTConfig
 from srit.data.examples import read_pairs, read_sft
@@ -83,7 +82,8 @@ def changed(draw, original):
 
 
 LINES = [json.dumps(row).encode() + b"\n" for row in (
-    demo(0, 1, 2), pair(0, 1, 2), {"prompt": "a", "completion": " b"},
+    demo(0, 1, 2), {**pair(0, 1, 2), "chosen_forced": [[0, 2], [3, 4]]},
+    {"prompt": "a", "completion": " b 7", "completion_forced": [[2, 4]]},
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {"id": "c", "task": "choice", "question": "q", "choices": {"A": "x", "B": "y"}, "answer": "A",
      "completion": "The answer is A."})]
@@ -180,31 +180,7 @@ def test_bytes_as_a_shard_index(data):
     may_refuse(load_model, str(folder))
 
 
-def tiny_gguf(path: Path) -> bytes:
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    for add, value in ((writer.add_embedding_length, 8), (writer.add_feed_forward_length, 8),
-                       (writer.add_block_count, 1), (writer.add_head_count, 2),
-                       (writer.add_context_length, 64), (writer.add_layer_norm_rms_eps, 1e-5),
-                       (writer.add_tokenizer_model, "gpt2"), (writer.add_tokenizer_pre, "smollm"),
-                       (writer.add_token_list, ["<s>", "a", "b", "ab"]),
-                       (writer.add_token_types, [3, 1, 1, 1]), (writer.add_token_merges, ["a b"]),
-                       (writer.add_bos_token_id, 0), (writer.add_eos_token_id, 0),
-                       (writer.add_chat_template, "{{ messages[0]['content'] }}")):
-        add(value)
-    names = {"token_embd": (4, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
-             **{f"blk.0.{part}": (8, 8) for part in ("attn_q", "attn_k", "attn_v", "attn_output",
-                                                     "ffn_gate", "ffn_up", "ffn_down")}}
-    for name, shape in names.items():
-        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
-
-
-GGUF = tiny_gguf(FOLDER / "tiny.gguf")
+GGUF = tiny_gguf(FOLDER / "tiny.gguf").read_bytes()
 GGUF_HEADER = GGUF.index(b"blk.0.ffn_down.weight") + 64
 
 

@@ -1,6 +1,7 @@
 """Flags and YAML give the same config, and errors are one line."""
 
 import pytest
+from safetensors import SafetensorError
 
 from srit.config import DPOConfig, SFTConfig
 from srit.launch import parse, run
@@ -47,7 +48,6 @@ def test_flags_override_yaml(tmp_path):
 
 
 def test_an_unknown_key_names_the_nearest_one(tmp_path):
-    """Checklist D15."""
     with pytest.raises(InputError, match="'lerning_rate'; did you mean 'learning_rate'"):
         parse(SFTConfig, "sft", [*BASE, "--lerning_rate", "1"])
     path = tmp_path / "c.yaml"
@@ -74,7 +74,6 @@ def test_malformed_yaml_is_named(tmp_path, text, message):
     (["--warmup_ratio", "1.5"], "from 0 to 1"),
 ])
 def test_settings_that_cannot_work_are_refused(flags, message):
-    """Checklist A14."""
     with pytest.raises(InputError, match=message):
         parse(DPOConfig, "dpo", [*BASE, *flags])
 
@@ -87,6 +86,8 @@ def test_settings_that_cannot_work_are_refused(flags, message):
     (Diverged("weights are not finite"), DIVERGED, "error: weights are not finite"),
     (Failed("not written"), FAILED, "error: not written"),
     (OSError(28, "No space left on device", "out/m"), FAILED, "error: [Errno 28] No space left"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device"), FAILED,
+     "error: Error while serializing: I/O error: No space left"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FAILED,
      "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB). Training: lower "
      "--max_tokens_per_batch"),

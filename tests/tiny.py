@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -68,6 +70,32 @@ def tiny_checkpoint(directory: Path, seed: int = 0, scale: float = 1.0, **change
     save_model(model, config, directory)
     tiny_tokenizer(directory)
     return directory
+
+
+def tiny_gguf(path: Path, alphabet: str = "ab", weight: float = 1.0) -> Path:
+    """A GGUF file of a llama whose tokens are <s>, the characters of `alphabet`, and ab."""
+    gguf = pytest.importorskip("gguf")
+    writer, tokens = gguf.GGUFWriter(path, "llama"), ["<s>", *alphabet, "ab"]
+    for add, value in ((writer.add_embedding_length, 8), (writer.add_feed_forward_length, 8),
+                       (writer.add_block_count, 1), (writer.add_head_count, 2),
+                       (writer.add_context_length, 512), (writer.add_layer_norm_rms_eps, 1e-5),
+                       (writer.add_tokenizer_model, "gpt2"), (writer.add_tokenizer_pre, "smollm"),
+                       (writer.add_token_list, tokens), (writer.add_token_merges, ["a b"]),
+                       (writer.add_token_types, [3, *[1] * (len(tokens) - 1)]),
+                       (writer.add_bos_token_id, 0), (writer.add_eos_token_id, 0),
+                       (writer.add_chat_template, "{{ messages[0]['content'] }}")):
+        add(value)
+    names = {"token_embd": (len(tokens), 8), "output_norm": (8,), "blk.0.attn_norm": (8,),
+             "blk.0.ffn_norm": (8,),
+             **{f"blk.0.{part}": (8, 8) for part in ("attn_q", "attn_k", "attn_v", "attn_output",
+                                                     "ffn_gate", "ffn_up", "ffn_down")}}
+    for name, shape in names.items():
+        writer.add_tensor(f"{name}.weight", np.full(shape, weight, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def question(i: int, a: int, b: int) -> dict:

@@ -22,10 +22,10 @@ from srit.config import DPOConfig
 from srit.data.batch_sampler import BatchSampler, eval_batches
 from srit.data.batches import Batch, Pair, collate_pairs
 from srit.data.examples import read_pairs
+from srit.data.inputs import stage_inputs
 from srit.kernels.fused_linear_loss import linear_dpo
 from srit.losses import trained_hidden
 from srit.models import Decoder
-from srit.models.load import model_files
 from srit.models.lora import disabled
 from srit.runtime.distributed import all_reduce_sum
 from srit.runtime.run_dir import Run
@@ -71,10 +71,10 @@ def evaluate(model: Decoder, held_out: list[Pair], cfg: DPOConfig,
 
 
 def main(cfg: DPOConfig) -> None:
-    run = Run("dpo", cfg)
+    run = Run("dpo", cfg, stage_inputs)
     model, tokenizer, max_length = load_student(run)
     train, held_out = read_rows(run, read_pairs, tokenizer, max_length, cfg.parse_special_tokens)
-    run.claim(model_files(cfg.model_name_or_path))  # from here on output_dir is ours
+    run.claim()  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_pairs, cfg)
     reference = ReferenceLogps(model, cfg, run.device)
     add_adapter_and_shard(model, cfg, run.device)  # a new adapter is zero: still the reference

@@ -4,24 +4,33 @@ scoring generate  the model writes its answer (greedy by default), and the last 
                   compared with the truth; with num_samples > 1 also pass@k and maj@k.
 scoring options   multiple choice only: the likeliest option, by its letter (`accuracy`) and by its text
                   (`accuracy_text`; `accuracy_text_norm` divides by its number of characters).
-Every accuracy comes with the number of questions and a 95 % Wilson interval.
+Every accuracy comes with the number of questions and a 95 % Wilson interval. With --calculator both
+the model answers twice, and each way has its own files and table.
 
 In:   question files; the data sets named by in_domain are pooled apart from the others
-Out:  results.json, generations.jsonl (one graded row per question and sample), run.json
+Out:  results.json, generations.jsonl (one graded row per question and sample), run.json; with
+      --calculator both also results_calculator.json and generations_calculator.jsonl
 
     python train/eval.py --model_name_or_path M --eval_file a.jsonl b.jsonl --output_dir out/eval
     torchrun --nproc_per_node 8 train/eval.py --config runs/smollm2_math_cpu.yaml
 """
 
 import json
+from dataclasses import replace
 
 from srit import launch
 from srit.config import EvalConfig
+from srit.data.inputs import stage_inputs
 from srit.data.questions import dataset_name
 from srit.generation.loglikelihood import choose_options
-from srit.generation.rollouts import check_fit, generate_rollouts, load_for_generation, read_prompts
+from srit.generation.rollouts import (
+    Prompt,
+    check_fit,
+    generate_rollouts,
+    load_for_generation,
+    read_prompts,
+)
 from srit.grading.statistics import pool, summarize_generations
-from srit.models.load import model_files
 from srit.runtime import distributed
 from srit.runtime.files import atomic_write
 from srit.runtime.jsonl import Counts
@@ -30,14 +39,34 @@ from srit.runtime.table import table
 
 
 def main(cfg: EvalConfig) -> None:
-    run = Run("eval", cfg)
+    run = Run("eval", cfg, stage_inputs)
+    run.end_if_finished()
     model, tokenizer = load_for_generation(cfg, run.device, run.date)
     prompts = read_prompts(cfg.eval_file, [cfg.prompt_style], tokenizer, cfg.limit)
     check_fit(prompts, model, cfg.max_new_tokens)
-    run.claim(model_files(cfg.model_name_or_path))
-    answer = choose_options if cfg.scoring == "options" else generate_rollouts
-    rows = answer(model, tokenizer, prompts, run.output_dir / "generations.jsonl", cfg)
+    run.claim()
+    for file in cfg.eval_file:
+        run.counts.append(Counts(file))
+        run.counts[-1].use(sum(prompt.file == file for prompt in prompts))
+    run.say(*run.counts)
+    both, written = cfg.calculator == "both", []
+    for calculator in (False, True) if both else (cfg.calculator,):
+        end = "_calculator" if both and calculator else ""
+        written += [f"results{end}.json", f"generations{end}.jsonl"]
+        settings = replace(cfg, calculator=calculator)
+        answer = choose_options if cfg.scoring == "options" else generate_rollouts
+        rows = answer(model, tokenizer, prompts, run.output_dir / written[-1], settings)
+        results = summarize(settings, prompts, rows)
+        if distributed.rank() == 0:
+            with atomic_write(run.output_dir / written[-2]) as handle:
+                json.dump(results, handle, indent=2)
+                handle.write("\n")
+        run.say(*["with the calculator:"] * calculator, results_table(results))
+    run.finish(written)
 
+
+def summarize(cfg: EvalConfig, prompts: list[Prompt], rows: list[dict]) -> dict:
+    """What results.json holds: the accuracy of every file, and of those in and out of the domain."""
     files = {}
     for file in cfg.eval_file:
         asked = {(p.dataset, p.row["id"]) for p in prompts if p.file == file}
@@ -47,21 +76,12 @@ def main(cfg: EvalConfig) -> None:
                        "in_domain": name in cfg.in_domain if cfg.in_domain else None}
         for key in ("text", "text_norm") if cfg.scoring == "options" else ():
             files[file][f"accuracy_{key}"] = sum(r[f"correct_{key}"] for r in own) / len(own)
-        run.counts.append(Counts(file))
-        run.counts[-1].use(files[file]["n"])
-    run.say(*run.counts)
-    results = {
-        "model": cfg.model_name_or_path, "prompt_style": cfg.prompt_style,
-        "scoring": cfg.scoring, "temperature": cfg.temperature, "files": files,
+    return {
+        "model": cfg.model_name_or_path, "prompt_style": cfg.prompt_style, "scoring": cfg.scoring,
+        "temperature": cfg.temperature, "calculator": cfg.calculator, "files": files,
         "in_domain": pool([f for f in files.values() if f["in_domain"]]),
         "out_of_domain": pool([f for f in files.values() if f["in_domain"] is False]),
     }
-    if distributed.rank() == 0:
-        with atomic_write(run.output_dir / "results.json") as handle:
-            json.dump(results, handle, indent=2)
-            handle.write("\n")
-    run.say(results_table(results))
-    run.finish(["results.json", "generations.jsonl"])
 
 
 def results_table(results: dict) -> str:

@@ -9,10 +9,11 @@ Out:  pairs.jsonl (prompt, chosen, rejected as message lists: TRL reads them too
 
 from srit import launch
 from srit.config import PairConfig
+from srit.data.inputs import stage_inputs
 from srit.data.questions import check_question, read_demos
 from srit.grading.pairs import build_pairs, summarize_pairs
 from srit.runtime.files import InputError
-from srit.runtime.jsonl import read_lines, require, write_jsonl
+from srit.runtime.jsonl import check_spans, read_lines, require, write_jsonl
 from srit.runtime.run_dir import Run
 
 FIELDS = {"sample": int, "prompt_style": str, "text": str, "finished": bool, "correct": bool,
@@ -20,13 +21,16 @@ FIELDS = {"sample": int, "prompt_style": str, "text": str, "finished": bool, "co
 
 
 def main(cfg: PairConfig) -> None:
-    run = Run("pair", cfg)
+    run = Run("pair", cfg, stage_inputs)
+    run.end_if_finished()
     samples = []
     for file in cfg.samples_file:
         for where, row in read_lines(file):
             check_question(row, where)
             for key, kind in FIELDS.items():
                 require(row, key, kind, where)
+            if row.get("forced") is not None:
+                check_spans(row["forced"], row["text"], where, "forced")
             samples.append(row)
     demos = [row for file in cfg.demos_file for row in read_demos(file)]
     pairs, run.counts = build_pairs(samples, demos, cfg.policy, cfg.pair_prompt, cfg.selection,

@@ -17,21 +17,22 @@ from pathlib import Path
 
 from srit import launch
 from srit.config import SampleConfig
+from srit.data.inputs import stage_inputs
 from srit.generation.rollouts import drop_too_long, generate_rollouts, load_for_generation, read_prompts
 from srit.grading.statistics import summarize_generations
-from srit.models.load import model_files
 from srit.runtime.run_dir import Run
 from srit.runtime.table import table
 
 
 def main(cfg: SampleConfig) -> None:
-    run = Run("sample", cfg)
+    run = Run("sample", cfg, stage_inputs)
+    run.end_if_finished()
     model, tokenizer = load_for_generation(cfg, run.device, run.date)
     prompts = read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit, one_id_space=True)
     prompts, counts = drop_too_long(prompts, model, cfg.max_new_tokens)
     run.counts.append(counts)
     run.say(f"{counts}, {cfg.num_samples} samples each")
-    run.claim(model_files(cfg.model_name_or_path))
+    run.claim()
     rows = generate_rollouts(model, tokenizer, prompts, Path(cfg.output_dir) / "samples.jsonl", cfg)
 
     styles = {style: summarize_generations(row for row in rows if row["prompt_style"] == style)

@@ -21,10 +21,10 @@ from srit.config import SFTConfig
 from srit.data.batch_sampler import BatchSampler, eval_batches
 from srit.data.batches import Batch, Example, collate_examples
 from srit.data.examples import read_sft
+from srit.data.inputs import stage_inputs
 from srit.kernels.fused_linear_loss import linear_nll
 from srit.losses import token_logps, trained_hidden
 from srit.models import Decoder
-from srit.models.load import model_files
 from srit.runtime.distributed import all_reduce_sum
 from srit.runtime.run_dir import Run
 from srit.training.fsdp import evaluating
@@ -57,11 +57,11 @@ def evaluate(model: Decoder, held_out: list[Example], cfg: SFTConfig,
 
 
 def main(cfg: SFTConfig) -> None:
-    run = Run("sft", cfg)
+    run = Run("sft", cfg, stage_inputs)
     model, tokenizer, max_length = load_student(run)
     train, held_out = read_rows(run, read_sft, tokenizer, max_length, cfg.prompt_style,
-                                cfg.filter_demos, cfg.parse_special_tokens)
-    run.claim(model_files(cfg.model_name_or_path))  # from here on output_dir is ours
+                                cfg.filter_demos, cfg.parse_special_tokens, cfg.drop_false_equations)
+    run.claim()  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_examples, cfg, bin_tokens=max_length if cfg.packing else 0)
     add_adapter_and_shard(model, cfg, run.device)
 

@@ -17,12 +17,14 @@ Licences and splits are those of the data sets. Nothing is downloaded unless --i
 
 import csv
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from srit.commands.config import DataConfig
 from srit.commands.demo_data import generate
 from srit.data.questions import check_question
 from srit.grading.numerals import numbers, show
@@ -61,6 +63,13 @@ def choice(question: str, options: list[str], answer: int) -> dict:
 
 def gsm8k(raw: dict) -> dict:
     return math(raw["question"], raw["answer"].rpartition("####")[2])
+
+
+def gsm8k_demo(raw: dict, marked: bool) -> dict:
+    """The human rationale as a demonstration; marks are what a calculator was asked: <<48/2=24>>."""
+    text, _, answer = raw["answer"].rpartition("####")
+    text = text.strip() if marked else re.sub("<<[^<>]*>>", "", text).strip()
+    return {**gsm8k(raw), "teacher": "human", "completion": f"{text}\nThe answer is {answer.strip()}."}
 
 
 def svamp(raw: dict) -> dict:
@@ -110,29 +119,6 @@ FORMATS: dict[str, Callable[[Any], dict]] = {
 }
 
 
-@dataclass
-class DataConfig:
-    """Convert a published data set to question rows, or generate synthetic ones."""
-
-    name: Literal["gsm8k", "svamp", "multiarith", "addsub", "singleeq", "singleop", "aqua", "csqa",
-                  "obqa", "arc", "piqa", "siqa", "mmlu", "synthetic"]
-    """Data set; it determines the format of the input."""
-    output: str
-    """Questions file to write (JSON Lines)."""
-    input: str | None = None
-    """Published file, or hub:OWNER/NAME:FILE for a file of a data set on the Hugging Face hub."""
-    labels: str | None = None
-    """Labels file, one label per line, for data sets that publish answers separately (piqa, siqa)."""
-    limit: int | None = None
-    """Use only the first records."""
-    seed: int = 0
-    """synthetic: seed."""
-    num_rows: int = 1000
-    """synthetic: number of questions."""
-    domain: Literal["in", "out"] = "in"
-    """synthetic: problems of the demo's training world, or of its out-of-domain test."""
-
-
 def read_raw(path: Path) -> Iterator[Raw]:
     """Records of a .csv, .json or JSON Lines file, with their places."""
     if not path.is_file():
@@ -169,15 +155,20 @@ def with_labels(records: list[Raw], file: str) -> list[Raw]:
             for (where, raw), label in zip(records, labels, strict=True)]
 
 
-def convert(name: str, records: list[Raw], prefix: str) -> tuple[list[dict], Counts]:
-    """Question rows. Records without ground truth and repeated questions are dropped and counted.
+def convert(name: str, records: list[Raw], prefix: str,
+            rationales: str = "none") -> tuple[list[dict], Counts]:
+    """Question rows, or demonstrations with rationales (`plain` or `marked`).
 
-    Raises InputError for a record that is not in this data set's format.
+    Records without ground truth and repeated questions are dropped and counted. Raises InputError for
+    a record that is not in this data set's format.
     """
     rows, counts, seen = [], Counts("records"), set()
+    to_row = FORMATS[name]
+    if rationales != "none":
+        to_row = partial(gsm8k_demo, marked=rationales == "marked")
     for at, (where, raw) in enumerate(records):
         try:
-            row = {"id": f"{prefix}-{at}", **FORMATS[name](raw)}
+            row = {"id": f"{prefix}-{at}", **to_row(raw)}
         except NoTruth:
             counts.drop("without ground truth")
             continue
@@ -213,6 +204,8 @@ def fetch(name: str) -> Path:
 
 def main(cfg: DataConfig) -> None:
     started = time.time()
+    if cfg.rationales != "none" and cfg.name != "gsm8k":
+        raise InputError(f"--rationales {cfg.rationales}: {cfg.name} has none, gsm8k does")
     if cfg.name == "synthetic":
         rows, counts = generate(cfg.num_rows, cfg.seed, cfg.domain), Counts("questions")
         counts.use(len(rows))
@@ -223,7 +216,7 @@ def main(cfg: DataConfig) -> None:
         records = list(read_raw(path))[: cfg.limit]
         if cfg.labels:
             records = with_labels(records, cfg.labels)
-        rows, counts = convert(cfg.name, records, f"{cfg.name}-{path.stem}")
+        rows, counts = convert(cfg.name, records, f"{cfg.name}-{path.stem}", cfg.rationales)
         if not rows:
             raise InputError(f"{path}: no question with ground truth ({counts})")
     write_jsonl(cfg.output, rows)

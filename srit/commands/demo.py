@@ -11,7 +11,6 @@ import csv
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -19,7 +18,9 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from srit.commands import run
+from srit.commands.config import DemoConfig
 from srit.commands.demo_data import PROBLEMS, generate, problem
+from srit.commands.progress import read_progress
 from srit.commands.report import label, read_results
 from srit.models import Decoder, ModelConfig, save_model
 from srit.recipe import Stage
@@ -30,7 +31,6 @@ from srit.runtime.table import table
 from srit.text.prompts import question_messages
 from srit.text.tokenizer import Tokenizer
 
-RECIPE = Path(__file__).resolve().parents[2] / "runs" / "demo.yaml"
 SPECIALS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -49,18 +49,6 @@ BASE_TRAINING = {
     "dtype": "float32", "device": "cpu", "logging_steps": 50,
 }
 SIZES = {"base": 24000, "demos": 1200, "questions": 1200, "test": 400}
-
-
-@dataclass
-class DemoConfig:
-    """Run the whole method on a small synthetic world, in minutes on two CPU cores."""
-
-    output_dir: str = "out/demo"
-    """Where everything goes, one folder per seed."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of world, base model and method; the method runs once for each."""
-    recipe: str = str(RECIPE)
-    """Recipe of the method; in it, ${SRIT_DEMO_DIR} is the folder of the seed."""
 
 
 def plain_rows(n: int, seed: int) -> Iterator[dict]:
@@ -150,7 +138,7 @@ def seeds_table(roots: dict[int, Path], file: Path) -> str:
     """Accuracy by seed as aligned text; written to the CSV `file` with commit and machine."""
     rows, lines = [], []
     for seed, root in roots.items():
-        results = read_results(root)
+        results = read_results(read_progress(root))
         lines.append([f"seed {seed}"])
         for domain in ("in_domain", "out_of_domain"):
             for stage, result in results.items():

@@ -14,11 +14,12 @@ import re
 from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from srit.commands.config import DemosConfig
+from srit.data.inputs import stage_inputs
 from srit.data.questions import read_questions
 from srit.grading.answers import grade
 from srit.runtime import shutdown
@@ -44,46 +45,6 @@ Answer = tuple[str, str]  # text, finish reason
 REFUSED, REJECTED = (401, 403, 404), (400, 413, 422)
 BUSY = (408, 409, 429, *range(500, 600))
 CREDENTIALS = re.compile("//(.*)@")  # up to the last @: a password may hold anything
-
-
-@dataclass
-class DemosConfig:
-    """Phase 0: get chain-of-thought demonstrations from a teacher model behind a server."""
-
-    train_file: list[str]
-    """Question files."""
-    output_dir: str
-    """Where demos.jsonl, answers.jsonl (the raw answers as they arrive) and run.json go."""
-    model: str
-    """Name of the teacher model on the server."""
-    base_url: str | None = None
-    """Address of the server, such as http://localhost:8000/v1; default: OPENAI_BASE_URL."""
-    api_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key. (A key on the command line could leak.)"""
-    temperature: float = 0.0
-    """0 is greedy."""
-    max_new_tokens: int = 512
-    """Maximum length of an answer. Answers that reach it are dropped and counted."""
-    concurrency: int = 8
-    """Number of simultaneous requests."""
-    max_retries: int = 5
-    """Retries after a connection error, a timeout or an overloaded server, with back-off."""
-    timeout: float = 120.0
-    """Seconds from sending a request to the last byte of its answer."""
-    max_time: float = 0.0
-    """Minutes after which the run stops; the same command resumes it. 0: no limit."""
-    limit: int | None = None
-    """Use only the first questions of every file."""
-    overwrite_output_dir: bool = False
-    """Delete output_dir and start over; otherwise an unfinished run is resumed."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("concurrency", 1), ("temperature", 0),
-                            ("max_retries", 0), ("max_time", 0)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be {least} or more")
-        if not self.timeout > 0:
-            raise InputError(f"--timeout {self.timeout}: must be positive")
 
 
 def address(cfg: DemosConfig) -> str:
@@ -225,7 +186,7 @@ async def collect(client: Any, cfg: DemosConfig, questions: list[dict], path: Pa
 
 def main(cfg: DemosConfig, client: Any = None) -> None:
     recorded = cfg.base_url and CREDENTIALS.sub("//", cfg.base_url)
-    run = Run("demos", dataclasses.replace(cfg, base_url=recorded))
+    run = Run("demos", dataclasses.replace(cfg, base_url=recorded), stage_inputs)
     questions: dict[str, dict] = {}
     for file in cfg.train_file:
         for row in read_questions(file)[: cfg.limit]:

@@ -18,17 +18,16 @@ The peak is at the end of the forward (saved, cast, head) or of the backward (al
 tied head's beside the embedding's), whichever is larger. WASTE is added for the rest.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
+from srit.commands.config import PlanConfig
 from srit.kernels.chunks import CHUNK_BYTES
 from srit.models import Decoder, ModelConfig, load_model
 from srit.models.load import read_config, resolve
 from srit.models.lora import add_lora
-from srit.runtime.files import InputError
 from srit.runtime.table import table
 
 GIB = 2**30
@@ -48,45 +47,6 @@ SHAPES = {
         ("Llama-2-70B", 32000, 8192, 28672, 80, 64, 8, False),
     )
 }
-
-
-@dataclass
-class PlanConfig:
-    """Predict the memory of a training step on each GPU, and the most tokens that fit."""
-
-    model_name_or_path: str
-    """Directory, hub id, .gguf file, or a published shape such as Llama-2-7B."""
-    stage: Literal["sft", "dpo"] = "dpo"
-    """DPO also saves the concatenated keys and values of its branches."""
-    gpus: int = 1
-    """Number of GPUs."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: a whole model on each GPU. fsdp: a shard of everything on each GPU."""
-    tokens: int = 16384
-    """Tokens per forward on each GPU (max_tokens_per_batch)."""
-    gradient_accumulation_steps: int = 1
-    """Forwards per optimizer step."""
-    gradient_checkpointing: bool = False
-    """Recompute activations layer by layer in the backward."""
-    checkpoint_policy: Literal["block", "mlp"] = "block"
-    """What gradient_checkpointing recomputes: the whole layer, or only its MLP."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype."""
-    use_peft: bool = False
-    """Train a LoRA adapter."""
-    lora_r: int = 16
-    """Rank of the adapter."""
-    max_memory: float = 80.0
-    """GiB of one GPU."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """On a CPU the libraries take less memory and the chunk of logits is smaller."""
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "tokens", "gradient_accumulation_steps", "lora_r"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.max_memory <= 0:
-            raise InputError(f"--max_memory {self.max_memory}: must be positive")
 
 
 LABELS = {

@@ -1,26 +1,27 @@
 """`srit report`: the results of a run as one self-contained HTML page, and as Markdown.
 
-Everything is read from the run's files. Stages that have not run are left out.
+Everything is read from the run's files. Stages that have not run or do not count (progress.py) are
+left out, the latter with the reason.
 """
 
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 from srit.commands.chart import line_chart
+from srit.commands.config import ReportConfig
+from srit.commands.progress import Progress, read_progress
 from srit.grading.pairs import summarize_pairs
 from srit.grading.statistics import accuracy_rows, compare, summarize_generations
 from srit.runtime.files import InputError, atomic_write
-from srit.runtime.jsonl import has_rows, read_jsonl
-from srit.runtime.run_dir import read_run
+from srit.runtime.jsonl import has_rows, read_jsonl, read_lines, require
 
 LABELS = {"eval-base": "Baseline", "eval-sft": "Instructed", "eval-dpo": "Self-refined"}
 CHARTS = (
@@ -33,27 +34,20 @@ CHARTS = (
 EXAMPLES = 3  # per kind
 
 
-@dataclass
-class ReportConfig:
-    """Write report.html and report.md into a run directory."""
-
-    run_dir: list[str]
-    """Directory of `srit run`. More (other seeds of the same recipe) add a combined table."""
-    show_questions: bool = True
-    """False: show the ids of questions instead of their texts, which may not be redistributed."""
-
-
 def main(cfg: ReportConfig) -> None:
     print(write_report([Path(d) for d in cfg.run_dir], cfg.show_questions))
 
 
 def write_report(roots: list[Path], show_questions: bool = True) -> Path:
     """Write report.html and report.md into the first run directory. Returns the path of the page."""
-    context = describe(roots[0])
+    described = [describe(root) for root in roots]
+    context = described[0]
     if not show_questions:
         for example in (row for group in context["examples"] for row in group["rows"]):
             example["question"], example["choices"] = example["id"], None
-    context["seeds"] = combine(roots) if len(roots) > 1 else None
+    context["seeds"] = combine(roots, described) if len(roots) > 1 else None
+    for root, other in zip(roots[1:], described[1:], strict=True):
+        context["warnings"] += [f"{root}: {note}" for note in other["notes"]]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("srit"), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -72,37 +66,42 @@ def label(name: str) -> str:
     return LABELS.get(name) or f"Self-refined, round {name.removeprefix('eval-dpo-')}"
 
 
-def read_results(root: Path) -> dict[str, dict]:
-    """{stage name: results.json} of every finished evaluation of a run."""
-    names = [*LABELS, *sorted(p.name for p in root.glob("eval-dpo-*"))]
-    files = {name: root / name / "results.json" for name in names}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+def labels(progress: Progress, names: Iterable[str]) -> list[str]:
+    """The labels of evaluation stages, with a mark where a stage could not be checked."""
+    return [label(name) + (" (unchecked)" if name in progress.unchecked else "") for name in names]
+
+
+def read_results(progress: Progress) -> dict[str, dict]:
+    """{stage name: results.json} of every finished evaluation that counts."""
+    folders = {name: progress.root / name for name, run in progress.counting.items()
+               if run["stage"] == "eval" and run["finished"]}
+    return {name: json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            for name, folder in folders.items()
+            if (folder / "results.json").is_file() and (folder / "generations.jsonl").is_file()}
 
 
 def describe(root: Path) -> dict[str, Any]:
     """Everything the report shows, as plain data."""
-    recipe_file = root / "recipe.yaml"
-    if not root.is_dir() or not any(root.glob("*/run.json")):
-        raise InputError(f"{root}: no stage has run there; give the output_dir of `srit run`")
-    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
-    runs = {p.parent.name: read_run(p.parent) for p in root.glob("*/run.json")}
-    results = read_results(root)
+    progress = read_progress(root)
+    recipe, runs = progress.recipe, progress.counting
+    results = read_results(progress)
     generations = {name: read_jsonl(root / name / "generations.jsonl") for name in results}
     accuracy = accuracy_rows(list(results.values()))
     for row in accuracy:
         row["change"] = change(generations, row["datasets"])
-    first = max(runs.values(), key=lambda run: run["finished"])
-    pairs = _rows(root / "pair" / "pairs.jsonl")
-    curves = read_curves(root)
+    first = max(progress.runs.values(), key=lambda run: run["finished"])
+    pairs = _rows(root / "pair" / "pairs.jsonl") if "pair" in runs else []
+    curves = read_curves(root, runs)
     return {
-        "title": recipe.get("output_dir") and Path(recipe["output_dir"]).name or root.name,
-        "model": Path(str(recipe.get("model_name_or_path", first.get("parent")))).name,
+        "title": Path(recipe["output_dir"]).name,
+        "model": Path(recipe["model_name_or_path"]).name,
         "date": time.strftime("%Y-%m-%d"),
         "machine": first["machine"], "versions": first["versions"], "commit": first["commit"],
-        "stages": [{"name": name, "minutes": run.get("seconds", 0) / 60,
-                    "finished": run["finished"]} for name, run in _in_order(runs)],
+        "stages": [{"name": name, "minutes": _minutes(run) if name in runs else "left out"}
+                   for name, run in progress.runs.items()],
         "settings": _settings(recipe),
-        "labels": [label(name) for name in results],
+        "evaluated": list(results),
+        "labels": labels(progress, results),
         "accuracy": accuracy,
         "verdicts": verdicts(accuracy),
         "behaviour": [{**summarize_generations(rows), "rows": len(rows)}
@@ -110,7 +109,8 @@ def describe(root: Path) -> dict[str, Any]:
         "curves": curves,
         "charts": [Markup(chart) for _, title, series in curves
                    if (chart := line_chart(title, list(series.items())))],
-        "warnings": warnings(curves, pairs),
+        "notes": progress.notes,
+        "warnings": progress.notes + warnings(curves, pairs),
         "counts": _counts(runs),
         "pairs": summarize_pairs(pairs) if pairs else None,
         "examples": examples(generations),
@@ -121,16 +121,8 @@ def _rows(path: Path) -> list[dict]:
     return read_jsonl(path) if has_rows(path) else []
 
 
-def _in_order(runs: dict) -> list[tuple[str, dict]]:
-    order = ("eval-base", "sft", "eval-sft", "sample", "pair", "dpo", "eval-dpo")
-
-    def place(name: str) -> tuple[int, int]:
-        base, _, number = name.rpartition("-")
-        round_ = int(number) if number.isdigit() else 1
-        stem = base if number.isdigit() else name
-        return round_, order.index(stem) if stem in order else len(order)
-
-    return sorted(runs.items(), key=lambda item: place(item[0]))
+def _minutes(run: dict) -> str:
+    return f"{run['seconds'] / 60:.1f}" if run["finished"] else "unfinished"
 
 
 def _settings(recipe: dict) -> list[tuple[str, str]]:
@@ -182,16 +174,22 @@ def verdicts(rows: list[dict]) -> list[str]:
     return sentences
 
 
-def read_curves(root: Path) -> list[tuple[str, str, dict[str, list[tuple[int, float]]]]]:
-    """(stage, title, {metric: (step, value) points}) of every chart.
+def read_curves(root: Path, stages: Iterable[str]
+                ) -> list[tuple[str, str, dict[str, list[tuple[int, float]]]]]:
+    """(stage, title, {metric: (step, value) points}) of every chart of these stages.
 
     A metric is null where every step was skipped; these points are left out.
     """
     curves = []
     for stage, title, names in CHARTS:
-        rows = _rows(root / stage / "metrics.jsonl")
-        series = {name: [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-                  for name in names}
+        path = root / stage / "metrics.jsonl"
+        series = {name: [] for name in names}
+        for where, row in read_lines(path) if stage in stages and has_rows(path) else ():
+            require(row, "step", int, where)
+            for name in names:
+                if row.get(name) is not None:
+                    require(row, name, int | float, where)
+                    series[name].append((row["step"], row[name]))
         curves.append((stage, title, {name: points for name, points in series.items() if points}))
     return curves
 
@@ -221,7 +219,7 @@ def warnings(curves: list[tuple[str, str, dict]], pairs: list[dict]) -> list[str
 
 def _counts(runs: dict) -> list[dict]:
     return [{"stage": name, "what": Path(what).parent.name if "/" in what else what, **count}
-            for name, run in _in_order(runs) if not name.startswith("eval")
+            for name, run in runs.items() if not name.startswith("eval")
             for what, count in run.get("counts", {}).items()]
 
 
@@ -250,16 +248,24 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
     return [{"title": title, "rows": rows} for title, rows in found.items() if rows]
 
 
-def combine(roots: list[Path]) -> dict:
-    """Mean, lowest and highest accuracy over several seeds, for every cell of the table."""
-    described = [describe(root) for root in roots]
-    labels = described[0]["labels"]
+def combine(roots: Sequence[Path], described: Sequence[dict]) -> dict:
+    """Mean, lowest and highest accuracy over several seeds, for every cell of the table.
+
+    Raises InputError unless all runs have the same evaluations of the same data sets.
+    """
+    shapes = [(d["evaluated"], [row["name"] for row in d["accuracy"]]) for d in described]
+    for root, shape in zip(roots, shapes, strict=True):
+        if shape != shapes[0]:
+            raise InputError(f"{root} has evaluations {shape[0]} of {shape[1]}, {roots[0]} has "
+                             f"{shapes[0][0]} of {shapes[0][1]}; finish both with `srit run`, or "
+                             "report each alone")
     rows = []
-    for number, row in enumerate(described[0]["accuracy"]):
+    for same in zip(*(d["accuracy"] for d in described), strict=True):
         cells = []
-        for column in range(len(labels)):
-            values = [d["accuracy"][number]["cells"][column]["accuracy"] for d in described
-                      if d["accuracy"][number]["cells"][column]]
+        for column in zip(*(row["cells"] for row in same), strict=True):
+            values = [cell["accuracy"] for cell in column]
             cells.append({"mean": mean(values), "low": min(values), "high": max(values)})
-        rows.append({"name": row["name"], "n": row["n"], "cells": cells, "pooled": row["pooled"]})
-    return {"runs": len(roots), "labels": labels, "rows": rows}
+        rows.append({"name": same[0]["name"], "n": same[0]["n"], "cells": cells,
+                     "pooled": same[0]["pooled"]})
+    marked = [max(column, key=len) for column in zip(*(d["labels"] for d in described), strict=True)]
+    return {"runs": len(roots), "labels": marked, "rows": rows}

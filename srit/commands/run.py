@@ -1,67 +1,69 @@
 """`srit run`: run the stages of a recipe, each in its own process. Finished stages are skipped."""
 
-import dataclasses
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from srit.commands.report import label, read_results, write_report
+from srit.commands.config import RunConfig
+from srit.commands.progress import read_progress, stage_config
+from srit.commands.report import labels, read_results, write_report
+from srit.data.inputs import stage_inputs
+from srit.data.questions import read_demos, read_questions
 from srit.grading.statistics import accuracy_rows
-from srit.launch import parse, to_flags
+from srit.launch import to_flags
 from srit.models.load import model_files
-from srit.recipe import KINDS, Stage, read_recipe, stages
+from srit.recipe import Stage, read_recipe, read_yaml, stages
 from srit.runtime import shutdown
 from srit.runtime.files import InputError, atomic_write
+from srit.runtime.jsonl import Counts, read_lines
 from srit.runtime.lock import lock
-from srit.runtime.outcome import STOPPED, Failed, Stopped
+from srit.runtime.outcome import BAD_INPUT, STOPPED, Failed, Stopped
 from srit.runtime.run_dir import (
+    CHANGEABLE,
+    LENGTH,
     changed_input,
     changed_output,
-    config_difference,
-    data_files,
     hash_files,
-    read_resumable,
+    read_same,
 )
 from srit.runtime.table import table
 
 
-@dataclass
-class RunConfig:
-    """Run the whole method from one recipe: evaluate, instruct, evaluate, self-refine, evaluate."""
-
-    config: str
-    """Recipe (YAML)."""
-    output_dir: str | None = None
-    """Overrides the recipe's."""
-    seed: int | None = None
-    """Overrides the recipe's."""
-    device: str | None = None
-    """Overrides the recipe's."""
-    max_time: float = 0.0
-    """Minutes after which the run saves and stops, to be resumed; 0: no limit."""
-
-
 def check_settings(stage: Stage, cfg: Any) -> dict | None:
     """run.json of the stage's directory, None if it is new. Raises InputError for another run's."""
-    run = read_resumable(stage.output_dir)
-    if run is None:
-        return None
-    if run["stage"] != stage.kind:
-        raise InputError(f"{stage.output_dir} holds a run of stage '{run['stage']}'; choose another "
-                         "output_dir")
-    if difference := config_difference(run["config"], dataclasses.asdict(cfg)):
-        raise InputError(f"{stage.output_dir} holds another run: {difference}; choose another "
-                         "output_dir, or remove that directory")
-    return run
+    return read_same(stage.output_dir, stage.kind, cfg, CHANGEABLE,
+                     "choose another output_dir, or remove that directory")
+
+
+def check_inputs(plan: list[tuple[Stage, Any]]) -> None:
+    """Read the rows, and look for the models, that come from outside the run. Raises InputError."""
+    made = {stage.output_dir for stage, _ in plan}
+    reads = {}  # in the order of the plan
+    for stage, cfg in plan:
+        if hasattr(cfg, "model_name_or_path"):
+            reads[model_files, cfg.model_name_or_path] = None
+        reads |= {(READERS[stage.kind], file): None for name, files in vars(cfg).items()
+                  if name.endswith("_file") for file in files}
+    for read, name in reads:
+        if not made & {Path(name), Path(name).parent}:
+            read(name)
+
+
+def _read_rows(file: str) -> None:
+    read_lines(file, Counts(file))
+
+
+READERS = {"eval": read_questions, "sample": read_questions, "pair": read_demos, "sft": _read_rows,
+           "dpo": _read_rows}
 
 
 def is_finished(stage: Stage) -> bool:
@@ -70,13 +72,11 @@ def is_finished(stage: Stage) -> bool:
     A stage of other inputs, or whose outputs were changed, is moved to stale/ beside it. Raises
     InputError for another stage, other settings, or an input that is gone.
     """
-    cfg = stage_config(stage)
+    cfg = stage_config(stage, stage.name)
     run = check_settings(stage, cfg)
     if run is None:
         return False
-    files = data_files(cfg)
-    if hasattr(cfg, "model_name_or_path"):
-        files += model_files(cfg.model_name_or_path)
+    files = stage_inputs(cfg)
     if gone := [file for file in files if not file.is_file()]:
         raise InputError(f"{gone[0]}, which {stage.output_dir} was made from, is gone; bring it back, "
                          "or remove that directory")
@@ -90,14 +90,8 @@ def is_finished(stage: Stage) -> bool:
         held.close()
         print(f"{stage.output_dir}: {changed}; moved to {aside}, and run again", flush=True)
         return False
-    steps = ("max_steps", "num_train_epochs")
-    same_length = all(run["config"].get(k) == getattr(cfg, k, None) for k in steps)
+    same_length = all(run["config"].get(key) == getattr(cfg, key, None) for key in LENGTH)
     return run["finished"] and same_length
-
-
-def stage_config(stage: Stage) -> Any:
-    """The stage's settings, parsed as its command line would be. Raises InputError."""
-    return parse(KINDS[stage.kind], stage.kind, to_flags(stage.values))
 
 
 def run_stage(stage: Stage) -> None:
@@ -137,14 +131,19 @@ def main(cfg: RunConfig) -> None:
     recipe = read_recipe(cfg.config)
     given = {"output_dir": cfg.output_dir, "seed": cfg.seed, "device": cfg.device}
     recipe |= {key: value for key, value in given.items() if value is not None}
-    plan = stages(recipe)
-    for stage in plan:
-        check_settings(stage, stage_config(stage))
     root = Path(recipe["output_dir"])
+    file = root / "recipe.yaml"
+    earlier = file.read_bytes() if file.is_file() else None
+    begun = read_yaml(file).get("date") if earlier else None
+    recipe["date"] = str(recipe.get("date") or begun or date.today())  # one for all stages
+    plan = [(stage, stage_config(stage, cfg.config)) for stage in stages(recipe)]
+    for stage, settings in plan:
+        check_settings(stage, settings)
+    check_inputs(plan)
     held = lock(root)
-    with atomic_write(root / "recipe.yaml") as handle:
+    with atomic_write(file) as handle:
         yaml.safe_dump(recipe, handle, sort_keys=False)
-    for number, stage in enumerate(plan, 1):
+    for number, (stage, _) in enumerate(plan, 1):
         mark = f"[{number}/{len(plan)}] {stage.name}"
         if is_finished(stage):
             print(f"{mark}: finished before", flush=True)
@@ -153,7 +152,14 @@ def main(cfg: RunConfig) -> None:
             raise Stopped("the run stopped between two stages; the same command goes on")
         print(mark, flush=True)
         started = time.time()
-        run_stage(stage)
+        try:
+            run_stage(stage)
+        except SystemExit as end:
+            if end.code == BAD_INPUT and earlier:  # this recipe has made nothing yet
+                with atomic_write(file, "wb") as handle:
+                    handle.write(earlier)
+            raise
+        earlier = None
         print(f"{mark}: {(time.time() - started) / 60:.1f} min", flush=True)
     html = write_report([root])
     print(accuracy_table(root))
@@ -162,13 +168,15 @@ def main(cfg: RunConfig) -> None:
 
 
 def accuracy_table(root: Path) -> str:
-    """Accuracy of every evaluated model on every data set, as aligned text."""
-    results = read_results(root)
+    """Accuracy of every evaluated model on every data set, as aligned text; and what is left out."""
+    progress = read_progress(root)
+    results = read_results(progress)
     if not results:
-        return "no evaluation files: no accuracy"
+        return "\n".join(["no evaluation files: no accuracy", *progress.notes])
     lines = []
     for row in accuracy_rows(list(results.values())):
         mark = " (out of domain)" if row["in_domain"] is False and not row["pooled"] else ""
         lines.append([row["name"] + mark, row["n"],
                       *(f"{cell['accuracy']:.1%}" if cell else "–" for cell in row["cells"])])
-    return table(["data set", "n", *(label(name).lower() for name in results)], lines)
+    header = ["data set", "n", *(name.lower() for name in labels(progress, results))]
+    return "\n".join([table(header, lines), *progress.notes])

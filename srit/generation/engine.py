@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from srit.data.batches import shared_prefix
+from srit.generation.calculator import Calculator, Forced
 from srit.generation.params import Request, Result, SamplingParams
 from srit.generation.sampler import StopStrings, sample
 from srit.models import Decoder
@@ -44,6 +45,7 @@ PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # in one forward pass
 @torch.inference_mode()
 def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams, *,
              stop_ids: Collection[int], decode: Callable[[Sequence[int]], str] | None = None,
+             encode: Callable[[str], list[int]] | None = None,
              slots: int = 32, cache_bytes: int | None = None, prefix: int | None = None,
              readers_per_prompt: int | None = None,
              on_finish: Callable[[Request, Result], None] = lambda request, result: None,
@@ -51,7 +53,8 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
     """Complete every request; returns the results by `Request.key`.
 
     Args:
-        stop_ids: tokens that end a completion. decode: token ids -> text, needed for stop strings.
+        stop_ids: tokens that end a completion. decode: token ids -> text, needed for stop strings and
+        the calculator. encode: text -> token ids, needed for the calculator.
         slots: rows that decode together. cache_bytes: bound of the cache, which may mean fewer rows.
         prefix: tokens that all prompts begin with, `shared_prefix` by default. readers_per_prompt:
         rows that share one copy of a prompt, by default the most requests with the same prompt, and
@@ -68,6 +71,9 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
         return results
     if params.stop_strings and decode is None:
         raise ValueError("stop_strings need `decode`, which turns token ids into text")
+    if params.calculator and (decode is None or encode is None):
+        raise ValueError("the calculator needs `decode` and `encode`, which turn token ids into text "
+                         "and back")
     if prefix is None:
         prefix = shared_prefix([r.prompt_ids for r in requests])
     if readers_per_prompt is None:
@@ -86,7 +92,7 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
     training = model.training
     model.eval()
     batch = _DecodeBatch(model, params, slots, pages, min(readers_per_prompt, MAX_READERS), staging,
-                         queue[0].prompt_ids[:prefix], stop_ids, decode)
+                         queue[0].prompt_ids[:prefix], stop_ids, decode, encode)
     while (queue or batch.requests) and not should_stop():
         free = slots - len(batch.requests)
         if queue and (free >= refill or free == slots):
@@ -104,7 +110,8 @@ class _DecodeBatch:
 
     def __init__(self, model: Decoder, params: SamplingParams, slots: int, pages: int,
                  readers_per_prompt: int, staging: KVCache, prefix: Sequence[int],
-                 stop_ids: Collection[int], decode: Callable[[Sequence[int]], str] | None) -> None:
+                 stop_ids: Collection[int], decode: Callable[[Sequence[int]], str] | None,
+                 encode: Callable[[str], list[int]] | None) -> None:
         device, V = model.head_weight.device, model.config.vocab_size
         self.model, self.params, self.slots = model, params, slots
         self.staging, self.staging_slots, self.prefix = staging, len(staging.lengths), len(prefix)
@@ -129,6 +136,8 @@ class _DecodeBatch:
         self.stop_strings = None
         if params.stop_strings:
             self.stop_strings = StopStrings(params.stop_strings, decode, V, device)
+        self.forced: list[Forced] = []
+        self.calculator = Calculator(encode, decode, V, device) if params.calculator else None
         self._stage([prefix], 0)
         staging.fork(self.staging_slots, len(prefix))
 
@@ -199,6 +208,7 @@ class _DecodeBatch:
             self.seen[row, list(ids)] = True
         self.requests.append(request)
         self.admitted.append(next(self.clock))
+        self.forced.append(Forced())
 
     def allocate(self, queue: deque[Request]) -> None:
         """Give every row the page it needs; when pages run out, preempt the rows admitted last.
@@ -222,7 +232,8 @@ class _DecodeBatch:
                              "overflows in this dtype")
         logits = self.model.logits(hidden)[:n]  # (n, V)
         rows, steps = self.index[:n], self.steps[:n]
-        tokens = sample(logits, self.uniforms[rows, steps], self.params, self.seen[:n])
+        drawn = logits, self.uniforms[rows, steps], self.params, self.seen[:n]
+        tokens = self.calculator.sample(self.forced, *drawn) if self.calculator else sample(*drawn)
         if self.params.repetition_penalty != 1:
             self.seen[rows, tokens] = True
         if self.params.return_logps:
@@ -235,6 +246,8 @@ class _DecodeBatch:
         candidates = stopped | full
         if self.stop_strings is not None:
             candidates = candidates | self.stop_strings.may_end[tokens]
+        if self.calculator:
+            candidates = candidates | self.calculator.closes[tokens]
         done = []
         for row in reversed(candidates.nonzero()[:, 0].tolist()):
             finished, length = bool(stopped[row]), int(self.steps[row])
@@ -242,10 +255,19 @@ class _DecodeBatch:
             if self.stop_strings is not None and not finished:
                 finished = self.stop_strings.found_in(ids)
             if finished or full[row]:
-                logps = self.logps[row, :length].tolist() if self.params.return_logps else None
-                done.append((self.requests[row], Result(ids, finished, logps)))
+                done.append((self.requests[row], self._result(row, ids, finished)))
                 self._remove(row)
+            elif self.calculator:
+                self.calculator.start(self.forced[row], ids)
         return done
+
+    def _result(self, row: int, ids: list[int], finished: bool) -> Result:
+        logps, forced = None, self.forced[row]
+        if self.params.return_logps:
+            logps = self.logps[row, : int(self.steps[row])].tolist()
+            logps = [None if i in forced.steps else logp for i, logp in enumerate(logps)]
+        spans = self.calculator.spans(forced, ids) if self.calculator else []
+        return Result(ids, finished, logps, spans)
 
     def _remove(self, row: int) -> None:
         """Free a row's slot and pages; the last active row moves into its slot."""
@@ -257,9 +279,10 @@ class _DecodeBatch:
         if row != last:
             for state in (self.tokens, self.steps, self.output, self.uniforms, self.logps, self.seen):
                 state[row] = state[last]
-            self.requests[row], self.admitted[row] = self.requests[last], self.admitted[last]
-        self.requests.pop()
-        self.admitted.pop()
+            for kept in (self.requests, self.admitted, self.forced):
+                kept[row] = kept[last]
+        for kept in (self.requests, self.admitted, self.forced):
+            kept.pop()
 
 
 def _check_requests(model: Decoder, requests: Sequence[Request], params: SamplingParams) -> None:

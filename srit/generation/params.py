@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from srit.config import GenerateConfig, check_sampling
@@ -25,6 +25,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop_strings: Sequence[str] = ()
     return_logps: bool = False
+    calculator: bool = False
 
     def __post_init__(self) -> None:
         check_sampling(self)
@@ -32,7 +33,7 @@ class SamplingParams:
     @classmethod
     def from_config(cls, cfg: GenerateConfig) -> "SamplingParams":
         return cls(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p,
-                   cfg.repetition_penalty, cfg.stop_strings, cfg.return_logps)
+                   cfg.repetition_penalty, cfg.stop_strings, cfg.return_logps, cfg.calculator)
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Result:
 
     finished: a stop token or stop string ended them, not max_new_tokens. `ids` includes the tokens of
     a stop string. logps, on request: log π of every token of `ids` and of the stop token, by the model
-    itself (temperature 1, no filter, no penalty).
+    itself (temperature 1, no filter, no penalty); None for a token that the calculator forced. forced:
+    (start, end) of what the calculator wrote, in characters of the decoded `ids`.
     """
 
     ids: list[int]
     finished: bool
-    logps: list[float] | None = None
+    logps: list[float | None] | None = None
+    forced: list[tuple[int, int]] = field(default_factory=list)
 
 
 def request_seed(*parts: Any) -> int:

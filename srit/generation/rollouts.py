@@ -139,9 +139,10 @@ def generate_rollouts(model: Decoder | VLLM, tokenizer: Tokenizer, prompts: Sequ
 
         run = model.generate if isinstance(model, VLLM) else partial(generate, model)
         run(_requests(prompts, done, cfg), SamplingParams.from_config(cfg),
-            stop_ids=tokenizer.stop_ids, decode=tokenizer.decode, slots=cfg.per_device_batch_size,
-            cache_bytes=_cache_bytes(cfg), prefix=shared_prefix([p.ids for p in prompts]),
-            readers_per_prompt=cfg.num_samples, on_finish=write, should_stop=shutdown.requested)
+            stop_ids=tokenizer.stop_ids, decode=tokenizer.decode, encode=tokenizer.encode,
+            slots=cfg.per_device_batch_size, cache_bytes=_cache_bytes(cfg),
+            prefix=shared_prefix([p.ids for p in prompts]), readers_per_prompt=cfg.num_samples,
+            on_finish=write, should_stop=shutdown.requested)
     progress.close()
     distributed.barrier()
     if distributed.any_rank(shutdown.requested()):
@@ -176,13 +177,15 @@ def make_row(prompt: Prompt, sample: int, result: Result, tokenizer: Tokenizer,
     judged = grade(text, prompt.row)
     keys = ("id", "task", "question", "choices", "answer")
     row = {key: prompt.row[key] for key in keys if key in prompt.row}
-    logps = {} if result.logps is None else {"logps": result.logps}
+    more = {} if result.logps is None else {"logps": result.logps}
+    if forced := [[start, min(end, len(text))] for start, end in result.forced if start < len(text)]:
+        more["forced"] = forced
     return row | {
         "dataset": prompt.dataset, "sample": sample, "prompt_style": prompt.style,
         "prompt": prompt.text, "text": text, "seed": cfg.seed, "n_tokens": len(result.ids),
         "finished": result.finished, "extracted": judged.extracted, "correct": judged.correct,
         "correct_strict": judged.strict_correct,
-    } | logps
+    } | more
 
 
 def _cache_bytes(cfg: GenerateConfig) -> int | None:

@@ -7,7 +7,7 @@ with a random generator seeded by (seed, question id), so the order of the input
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 
 from srit.grading.answers import grade
@@ -26,6 +26,7 @@ class Candidate:
     sample: int | None
     extracted: str | None
     correct: bool
+    forced: list[list[int]] = field(default_factory=list)  # spans of the text, see `render`
 
 
 def paper(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
@@ -67,7 +68,7 @@ def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "p
     """Preference pairs, and the counts of samples and of questions.
 
     Args:
-        samples: graded rows of train/sample.py.
+        samples: graded rows of train/sample.py. What was forced in them stays marked in the pairs.
         demos: teacher demonstrations of the same questions; wrong ones are ignored.
         pair_prompt: prompt style of the pair's prompt.
         selection: which possible pairs to keep: `uniform`, or `closest_length` (in characters).
@@ -106,7 +107,8 @@ def _usable(samples: Sequence[dict]) -> tuple[dict, dict, Counts]:
     own: dict[str, list[Candidate]] = defaultdict(list)
     seen: dict[tuple, str] = {}
     texts: set[tuple[str, str]] = set()
-    for row in sorted(samples, key=lambda r: (r["id"], r["prompt_style"], r["sample"], r["text"])):
+    for row in sorted(samples, key=lambda r: (r["id"], r["prompt_style"], r["sample"], r["text"],
+                                               r.get("forced") or [])):
         key = row["id"], row["prompt_style"], row["sample"]
         if seen.setdefault(key, row["text"]) != row["text"]:
             raise InputError(f"two different texts for question {key[0]!r}, style {key[1]}, sample "
@@ -122,9 +124,18 @@ def _usable(samples: Sequence[dict]) -> tuple[dict, dict, Counts]:
         else:
             counts.use()
             texts.add(distinct)
-            own[row["id"]].append(Candidate(row["text"].strip(), row["prompt_style"], "self",
-                                            row["sample"], row["extracted"], row["correct"]))
+            text, forced = _stripped(row["text"], row.get("forced") or [])
+            own[row["id"]].append(Candidate(text, row["prompt_style"], "self", row["sample"],
+                                            row["extracted"], row["correct"], forced))
     return questions, own, counts
+
+
+def _stripped(text: str, forced: list[list[int]]) -> tuple[str, list[list[int]]]:
+    """The text without whitespace around it, and its forced spans there."""
+    answer = text.strip()
+    shift = text.index(answer)
+    spans = [[max(start - shift, 0), min(end - shift, len(answer))] for start, end in forced]
+    return answer, [[start, end] for start, end in spans if start < end]
 
 
 def _check_same_question(first: dict, row: dict) -> None:
@@ -159,7 +170,7 @@ def _row(question: dict, w: Candidate, r: Candidate, policy: str, pair_prompt: s
         "chosen_sample": w.sample, "chosen_extracted": w.extracted,
         "rejected_style": r.style, "rejected_sample": r.sample,
         "rejected_extracted": r.extracted, "rejected_correct": r.correct,
-    }
+    } | {f"{side}_forced": c.forced for side, c in (("chosen", w), ("rejected", r)) if c.forced}
 
 
 def summarize_pairs(pairs: Sequence[dict]) -> dict[str, float]:

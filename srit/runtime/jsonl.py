@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 
 from srit.runtime.files import InputError, atomic_write
-from srit.runtime.limits import ROW_BYTES, parse_json
+from srit.runtime.limits import ROW_BYTES, check, is_integer, parse_json
 
 
 def read_lines(path: str | Path, counts: "Counts | None" = None) -> list[tuple[str, dict]]:
@@ -53,9 +54,13 @@ def has_rows(path: Path) -> bool:
 def cut_torn_line(path: Path) -> None:
     """Drop an incomplete last line, which a killed run leaves behind."""
     if path.is_file():
-        data = path.read_bytes()
         with open(path, "r+b") as handle:
-            handle.truncate(data.rfind(b"\n") + 1)
+            start, newline = handle.seek(0, os.SEEK_END), -1
+            while start > 0 and newline < 0:  # block by block from the end
+                end, start = start, max(0, start - 2**16)
+                handle.seek(start)
+                newline = handle.read(end - start).rfind(b"\n")
+            handle.truncate(start + newline + 1)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
@@ -74,11 +79,23 @@ def require(row: dict, key: str, kind: type | UnionType, where: str) -> None:
         raise InputError(f"{where}: field '{key}' must be {wanted}, got {type(row[key]).__name__}")
 
 
+def check_spans(spans: object, text: str, where: str, name: str) -> None:
+    """Raise InputError unless these are spans [start, end) of the text, in order, apart, none empty."""
+    check(isinstance(spans, list), where, name, spans, "a list of [start, end]")
+    done = 0
+    for span in spans:
+        ok = (isinstance(span, list) and len(span) == 2 and is_integer(span[0], done, len(text))
+              and is_integer(span[1], span[0] + 1, len(text)))
+        check(ok, where, f"a span of {name}", span,
+              f"[start, end] from {done} to {len(text)}, the end of the text, and not empty")
+        done = span[1]
+
+
 class Counts:
-    """Rows in = used + dropped by reason. Each row is counted once."""
+    """Rows in = used + dropped by reason, each counted once; and what the used ones hold."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.used, self.dropped = name, 0, Counter()
+        self.name, self.used, self.dropped, self.held = name, 0, Counter(), Counter()
 
     def use(self, n: int = 1) -> None:
         self.used += n
@@ -91,9 +108,11 @@ class Counts:
             "in": self.used + sum(self.dropped.values()),
             "used": self.used,
             "dropped": dict(self.dropped),
+            **self.held,
         }
 
     def __str__(self) -> str:
         total = self.used + sum(self.dropped.values())
         reasons = "".join(f", {n:,} {reason}" for reason, n in self.dropped.most_common())
-        return f"{self.name}: {total:,} rows in = {self.used:,} used{reasons}"
+        held = "".join(f"; {n:,} {what.replace('_', ' ')}" for what, n in self.held.items())
+        return f"{self.name}: {total:,} rows in = {self.used:,} used{reasons}{held}"

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from srit.runtime import distributed
 from srit.runtime.files import InputError, atomic_write, remove, sha256
 from srit.runtime.jsonl import Counts
 from srit.runtime.lock import LOCK, lock
+from srit.runtime.outcome import Finished
 
 # Settings that may change when a run resumes: what it has computed so far stays valid.
 CHANGEABLE = {
@@ -32,6 +33,8 @@ CHANGEABLE = {
     "async_save", "parallel", "ddp_timeout", "max_cache_memory", "concurrency", "timeout",
     "max_retries",
 }
+# Of these, those that say how long a run is: a finished one that is to be longer is not finished.
+LENGTH = {"max_steps", "num_train_epochs"}
 # These may change too, if their product with the number of ranks stays; training/saving.py checks that.
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 ARTEFACTS = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json", "samples.jsonl",
@@ -43,11 +46,14 @@ OTHER = "choose another --output_dir or use --overwrite_output_dir True"
 class Run:
     """One run of a stage. Every rank makes one; only rank 0 writes.
 
-    `check` refuses another run's directory before anything is loaded. `claim` comes after the inputs
-    were read and checked: from then on the directory is this run's, and nobody else's.
+    Making it refuses another run's directory and hashes the inputs, before anything is loaded. `claim`
+    comes after the inputs were read and checked: from then on the directory is this run's, and nobody
+    else's.
+
+    inputs: gives, from cfg, the files that this stage reads (`stage_inputs`).
     """
 
-    def __init__(self, stage: str, cfg: Any) -> None:
+    def __init__(self, stage: str, cfg: Any, inputs: Callable[[Any], list[Path]]) -> None:
         self.stage, self.cfg, self.started = stage, cfg, time.time()
         self.output_dir = Path(cfg.output_dir)
         self.device = torch.device("cpu")
@@ -56,15 +62,19 @@ class Run:
             self.device = distributed.setup(cfg.device, **given)
         today = distributed.from_rank_0(date.today().toordinal())
         self.date = date.fromordinal(today).isoformat()
-        self.inputs: dict[str, str] = {}
+        if hasattr(cfg, "date") and cfg.date:
+            self.date = cfg.date
         self.counts: list[Counts] = []
         self.check()
+        self.list_inputs = inputs
+        self.stamps = {file: stamp(file) for file in inputs(cfg)}
+        self.inputs = hash_files(self.stamps)
 
     def check(self) -> dict | None:
         """run.json of the same run, if there is one. Raises InputError if there is another run's."""
         if self.cfg.overwrite_output_dir and read_run(self.output_dir) is not None:
             return None
-        run = read_resumable(self.output_dir)
+        run = read_same(self.output_dir, self.stage, self.cfg, CHANGEABLE | BATCH, OTHER)
         if run is None:
             for name in ARTEFACTS:
                 if (self.output_dir / name).exists():
@@ -72,28 +82,45 @@ class Run:
                                      "finish writing it or did not write it at all; choose another "
                                      "--output_dir, or move that file away")
             return None
-        if run["stage"] != self.stage:
-            raise InputError(f"{self.output_dir} already holds a run of stage '{run['stage']}'; "
-                             f"{OTHER}")
-        settings = dataclasses.asdict(self.cfg)
-        if difference := config_difference(run["config"], settings, CHANGEABLE | BATCH):
-            raise InputError(f"{self.output_dir} already holds another run: {difference}; {OTHER}")
         self.date = run["date"]
         return run
 
-    def claim(self, model_files: Iterable[Path] = ()) -> None:
+    def same_inputs(self) -> dict | None:
+        """As `check`; InputError also if the inputs are not those that the run began with."""
+        run = self.check()
+        if run is not None and (changed := changed_input(run, self.inputs)):
+            raise InputError(f"{self.output_dir} already holds a run of other inputs: {changed}; "
+                             f"{OTHER}")
+        return run
+
+    def end_if_finished(self, steps: int = 0) -> None:
+        """Raise Finished if this run is, after `steps` or more; InputError if an output has changed."""
+        run = self.same_inputs()
+        if run is None or not run["finished"] or run.get("steps", 0) < steps:
+            return
+        if changed := changed_output(run, self.output_dir):
+            raise InputError(f"{self.output_dir}: this run is finished, but {changed}; bring it back, "
+                             f"{OTHER}")
+        longer = "train longer with --max_steps or --num_train_epochs, or " if steps else ""
+        raise Finished(f"{self.output_dir}: this run is finished; {longer}start it afresh with "
+                       "--overwrite_output_dir True")
+
+    def claim(self) -> None:
         """Lock the directory and mark it as this run's, for exactly these inputs.
 
-        Inputs are `model_files` and every file that a setting named *_file lists. Raises InputError
-        if another process holds the lock, if the inputs are not those that the run began with, or
-        if ranks see different inputs; also for an input inside the directory.
+        Raises InputError if another process holds the lock, if the inputs are not those that the run
+        began with, have changed since this object was made, or differ between ranks; also for an
+        input inside the directory.
         """
-        files = [*data_files(self.cfg), *model_files]
-        self.inputs = hash_files(files)
+        now = {file: stamp(file) for file in self.list_inputs(self.cfg)}
+        for file in now | self.stamps:
+            if now.get(file) != self.stamps.get(file):
+                raise InputError(f"{file} was changed while it was read; give the same command again "
+                                 "when nothing writes there")
         distributed.require_same(f"{self.inputs} {list(map(str, self.counts))}", "input files or rows")
         distributed.require_same(f"{self.cfg}", "flags")
         if distributed.rank() == 0:
-            for file in files:
+            for file in now:
                 if file.resolve().is_relative_to(self.output_dir.resolve()):
                     raise InputError(f"{file} is an input and lies in --output_dir {self.output_dir}, "
                                      "which this run would write to; choose another --output_dir")
@@ -102,14 +129,11 @@ class Run:
         distributed.barrier()
 
     def _claim(self) -> None:
-        run = self.check()
+        run = self.same_inputs()
         if run is None and (self.output_dir / "run.json").is_file():  # overwrite_output_dir
             for path in self.output_dir.iterdir():
                 if path.name != LOCK:
                     remove(path)
-        if run is not None and (changed := changed_input(run, self.inputs)):
-            raise InputError(f"{self.output_dir} already holds a run of other inputs: {changed}; "
-                             f"{OTHER}")
         # Delete temporary files of a killed run. Without a run here, only those that are surely ours.
         for pattern in (".*.tmp", ".*.old") if run is not None else (".run.json.*.tmp",):
             for stale in self.output_dir.glob(pattern):
@@ -173,6 +197,25 @@ def read_resumable(output_dir: str | Path) -> dict | None:
     return run
 
 
+def read_same(output_dir: Path, stage: str, cfg: Any, changeable: set[str], advice: str) -> dict | None:
+    """As `read_resumable`; InputError, ending with `advice`, for another stage or other settings."""
+    run = read_resumable(output_dir)
+    if run is not None:
+        if run["stage"] != stage:
+            raise InputError(f"{output_dir} already holds a run of stage '{run['stage']}'; {advice}")
+        if difference := settings_difference(run, cfg, changeable):
+            raise InputError(f"{output_dir} already holds another run: {difference}; {advice}")
+    return run
+
+
+def settings_difference(run: dict, cfg: Any, changeable: set[str]) -> str | None:
+    """As `config_difference`, of a recorded run and cfg; no date in cfg means the run's."""
+    settings = dataclasses.asdict(cfg)
+    if settings.get("date") is None:
+        settings["date"] = run["date"]
+    return config_difference(run["config"] | {"date": run["date"]}, settings, changeable)
+
+
 def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -> str | None:
     """The first setting that differs and may not, as text; None if there is none."""
     for key in new:
@@ -181,21 +224,30 @@ def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -
     return None
 
 
-def data_files(cfg: Any) -> list[Path]:
-    """The files that the settings named *_file list."""
-    return [Path(file) for field in dataclasses.fields(cfg) if field.name.endswith("_file")
-            for file in getattr(cfg, field.name)]
+def stamp(file: Path) -> tuple[int, int, int] | None:
+    """Size, time of change and inode, one of which a change of the file alters; None without a file."""
+    if not file.is_file():
+        return None
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """{path: SHA-256 of its content}, in order."""
-    return {str(file): _sha256(str(file), file.stat().st_mtime_ns, file.stat().st_size)
-            for file in files}
+    """{path: SHA-256 of its content}, in order; srit's own files by their path within the package."""
+    own = Path(srit.__file__).parent
+    return {f"srit/{file.relative_to(own)}" if file.is_relative_to(own) else str(file):
+            _digest(file) for file in files}
+
+
+def _digest(file: Path) -> str:
+    if (found := stamp(file)) is None:
+        raise InputError(f"{file}: no such file")
+    return _sha256(file, found)
 
 
 @cache  # `srit run` asks for the same model again at every stage
-def _sha256(file: str, mtime: int, size: int) -> str:
-    return sha256(Path(file))
+def _sha256(file: Path, found: tuple[int, int, int]) -> str:
+    return sha256(file)
 
 
 def changed_output(run: dict, output_dir: Path) -> str | None:
@@ -204,7 +256,7 @@ def changed_output(run: dict, output_dir: Path) -> str | None:
         file = output_dir / name
         if not file.is_file():
             return f"{file} is gone"
-        if hash_files([file])[str(file)] != digest:
+        if _digest(file) != digest:
             return f"{file} is not as it was written"
     return None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from srit.runtime.files import InputError
+from srit.runtime.jsonl import check_spans
 from srit.text.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -62,7 +63,7 @@ def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
 
 def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
            completion: str | Sequence[Message] | None = None,
-           parse_special_tokens: bool = True) -> Rendered:
+           parse_special_tokens: bool = True, forced: list | None = None) -> Rendered:
     """Prompt and completion as ids, with the mask of trained tokens.
 
     Both are tokenized separately and concatenated, as in generation, so no token spans the boundary.
@@ -72,9 +73,14 @@ def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
 
     Special tokens written in a message are ordinary text: only the template makes control tokens. In
     plain text they are control tokens, unless `parse_special_tokens` is off.
+
+    forced: spans [start, end) in characters of the completion that were written for the student, as a
+    calculator does. A token with a character in one is read, but not trained. Raises InputError for
+    spans that are out of order or beyond the completion.
     """
     plain = isinstance(prompt, str)
-    if plain and parse_special_tokens:
+    parsed = plain and parse_special_tokens
+    if parsed:
         mark = unmark = str
         encode = tokenizer.encode
     else:
@@ -90,9 +96,14 @@ def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
         return Rendered(ids, [False] * len(ids), text)
     if not isinstance(completion, str):
         completion = _one_turn(completion)
-    answer = encode(mark(_without_end(tokenizer, completion, plain)))
-    answer.append(tokenizer.eos_id if plain else tokenizer.turn_end_id)
-    return Rendered(ids + answer, [False] * len(ids) + [True] * len(answer), text)
+    answer = _without_end(tokenizer, completion, plain)
+    answer_ids = [*encode(mark(answer)), tokenizer.eos_id if plain else tokenizer.turn_end_id]
+    mask = [True] * len(answer_ids)
+    if forced is not None:
+        check_spans(forced, completion, "the completion", "forced")
+        own = _own_characters(forced, completion)[completion.index(answer) :]
+        mask = [*(all(own[a:b]) for a, b in tokenizer.spans(answer, literal=not parsed)), True]
+    return Rendered(ids + answer_ids, [False] * len(ids) + mask, text)
 
 
 def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
@@ -132,6 +143,14 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
     if not ids:
         raise InputError("the conversation has no assistant turn")
     return Rendered(ids, mask, tokenizer.unmark(done))
+
+
+def _own_characters(forced: list, text: str) -> bytearray:
+    """1 for each character of the text that is the student's own, 0 for each that was forced."""
+    own = bytearray(b"\1") * len(text)
+    for start, end in forced:
+        own[start:end] = bytes(end - start)
+    return own
 
 
 def _without_end(tokenizer: Tokenizer, text: str, plain: bool = False) -> str:

@@ -83,7 +83,7 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab().values()) + 1
         # As in transformers 5, the post-processor of tokenizer.json decides, not add_bos_token of
         # tokenizer_config.json.
-        first = self._ids(backend, "a", add_special_tokens=True)[:1]
+        first = self._encoding(backend, "a", add_special_tokens=True).ids[:1]
         self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         if template is None:
             template = ("{{- bos_token -}}\n" if self.adds_bos else "") + DEFAULT_TEMPLATE
@@ -129,13 +129,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text. Special tokens in the text are parsed; none is added."""
-        return self._ids(self.backend, text)
+        return self._encoding(self.backend, text).ids
 
-    def _ids(self, backend: tokenizers.Tokenizer, text: str,
-             add_special_tokens: bool = False) -> list[int]:
+    def _encoding(self, backend: tokenizers.Tokenizer, text: str,
+                  add_special_tokens: bool = False) -> tokenizers.Encoding:
         with library_errors(f"{self.source}: the tokenizer fails"):
             try:
-                return backend.encode(text, add_special_tokens=add_special_tokens).ids
+                return backend.encode(text, add_special_tokens=add_special_tokens)
             except TypeError:
                 raise InputError("the text is not valid Unicode (half of a surrogate pair): "
                                  f"{text[:60]!r}") from None
@@ -166,11 +166,26 @@ class Tokenizer:
             return names[found[0]]
 
         either = f"{MARK}([0-9]{{1,9}}){END}|" + "|".join(map(re.escape, self._texts[1:]))
-        found = [ids.get(i, i) for i in self._ids(backend, re.sub(either, replace, text))]
+        found = [ids.get(i, i) for i in self._encoding(backend, re.sub(either, replace, text)).ids]
         if sum(i in self.controls for i in found) != expected:
             raise InputError(f"{self.source}: this tokenizer cannot write the special tokens in "
                              f"{self.unmark(text)!r:.80} as ordinary text")
         return found
+
+    def spans(self, text: str, literal: bool) -> list[tuple[int, int]]:
+        """The characters [start, end) of the text that each of its tokens stands for.
+
+        literal: special tokens in the text are ordinary text, as in `encode_marked(mark(text))`;
+        otherwise the tokens are those of `encode(text)`.
+        """
+        backend = self._literal[0] if literal and self._typed.search(text) else self.backend
+        spans, done = [], 0
+        for start, end in self._encoding(backend, text).offsets:
+            # Some tokenizers leave a token's leading spaces out of its offsets. Tokens that are
+            # bytes of one character each have that character's.
+            spans.append((min(start, done), end))
+            done = end
+        return spans
 
     @cached_property
     def _literal(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:

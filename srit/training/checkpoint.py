@@ -42,7 +42,7 @@ from srit.runtime.outcome import Failed
 
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 
-FORMAT = 1
+FORMAT = 2
 SUMS = "SHA256SUMS"
 
 
@@ -60,6 +60,7 @@ class TrainState:
     batch_size: int | None = None  # rows, pairs or bins of one optimizer step, on all ranks
     reference: str | None = None  # hash of the frozen reference's weights (DPO)
     inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of every file that is read
+    config: dict[str, Any] = field(default_factory=dict)  # the settings
     log: dict[str, Any] = field(default_factory=dict)  # what MetricsLog has not written yet
     format: int = FORMAT
 

@@ -1,5 +1,6 @@
 """What a run saves on its way and leaves at its end: checkpoints, the best weights, the model."""
 
+import dataclasses
 import math
 import re
 import shutil
@@ -14,8 +15,8 @@ from srit.models.load import write_config
 from srit.models.lora import load_adapter, save_adapter
 from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError, atomic_dir, atomic_path
-from srit.runtime.outcome import Diverged, Finished, Stopped
-from srit.runtime.run_dir import Run, read_run
+from srit.runtime.outcome import Diverged, Stopped
+from srit.runtime.run_dir import BATCH, CHANGEABLE, Run, config_difference
 from srit.text.tokenizer import Tokenizer
 from srit.training.checkpoint import (
     SUMS,
@@ -45,6 +46,24 @@ class BestWeights:
         if self.cfg.load_best_model_at_end and eval_loss < best:
             state.best_eval_loss, state.best_step = eval_loss, state.step
             self._write(self.output_dir / f"best-{state.step}")
+
+    def fetch(self, state: TrainState, origin: Path) -> None:
+        """Copy the best-N/ that a checkpoint in `origin` refers to, if that is another directory.
+
+        Where it is missing or damaged, the best weights are sought from the checkpoint on.
+        """
+        if state.best_step is None or origin.resolve() == self.output_dir.resolve():
+            return
+        best, main = origin / f"best-{state.best_step}", distributed.rank() == 0
+        problem = damage(best) if main else None
+        if main and problem is None:
+            with atomic_dir(self.output_dir / best.name) as temporary:
+                shutil.copytree(best, temporary, dirs_exist_ok=True)
+        elif main:
+            print(f"{best}: {problem}; the best weights are sought from step {state.step} on",
+                  flush=True)
+        if distributed.any_rank(problem is not None):
+            state.best_step = state.best_eval_loss = None
 
     def prune(self, needed: int | None) -> None:
         """Remove every best-N/ but the one of step `needed` and those that a checkpoint refers to."""
@@ -119,15 +138,12 @@ class Checkpoints:
                reference: str | None = None) -> TrainState:
         """The state of the checkpoint to go on from, loaded into model and optimizer; or a fresh one.
 
-        Raises Finished for a run that is finished, and InputError for a checkpoint of other inputs,
-        of another reference model, or with another number of rows, pairs or bins to a step.
+        Raises Finished for a run that is finished, and InputError for a checkpoint of other inputs or
+        settings, of another reference model, or with another number of rows, pairs or bins to a step.
         """
-        state = TrainState()
+        state, settings = TrainState(), dataclasses.asdict(self.cfg)
         found = find_checkpoint(self.output_dir, self.cfg.resume_from_checkpoint)
-        done = read_run(self.output_dir) or {}
-        if done.get("finished") and done["steps"] >= total_steps:
-            raise Finished(f"{self.output_dir}: this run is finished; train longer with --max_steps or "
-                           "--num_train_epochs, or start it afresh with --overwrite_output_dir True")
+        run.end_if_finished(total_steps)
         run.reopen()
         if found is not None:
             state = load_checkpoint(found, self.model, self.optimizer)
@@ -137,19 +153,23 @@ class Checkpoints:
             if state.inputs != run.inputs:
                 raise InputError(f"{found}: was trained on other files, or from another model: "
                                  "resume with those, or start afresh in another --output_dir")
+            if changed := config_difference(state.config, settings, CHANGEABLE | BATCH):
+                raise InputError(f"{found}: was trained with other settings: {changed}; resume with "
+                                 "those, or start afresh in another --output_dir")
             if state.batch_size != step_size:
                 raise InputError(f"{found}: a step was {state.batch_size} rows, pairs or bins, "
                                  f"and would now be {step_size}; adapt "
                                  "--per_device_train_batch_size or --gradient_accumulation_steps to "
                                  f"{distributed.world_size()} processes")
             run.say(f"resuming {found} at step {state.step} of {total_steps}")
+            self.best.fetch(state, found.parent)
             if distributed.rank() == 0:
                 for path in checkpoints(self.output_dir):
                     if int(path.name[11:]) > state.step:
                         set_aside(path, f"later than step {state.step}, where this run goes on",
                                   "superseded")
         state.total_steps, state.batch_size, state.reference = total_steps, step_size, reference
-        state.inputs = run.inputs
+        state.inputs, state.config = run.inputs, settings
         return state
 
     def save_if_due(self, state: TrainState, log: MetricsLog) -> None:
@@ -163,8 +183,10 @@ class Checkpoints:
         if asked:
             self.writer.wait()
             log.close()
+            left_out = "" if self.cfg.resume_from_checkpoint == "auto" else \
+                "without --resume_from_checkpoint "
             raise Stopped(f"stopped after step {state.step} of {state.total_steps}; the same command "
-                          "goes on from there")
+                          f"{left_out}goes on from there")
 
     def finish(self, state: TrainState, log: MetricsLog) -> list[str]:
         """Export the trained model and remove what no checkpoint refers to; the names of its files.

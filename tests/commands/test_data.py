@@ -6,6 +6,7 @@ import pytest
 
 from srit.commands.data import DataConfig, main
 from srit.data.questions import read_demos, read_questions
+from srit.grading.answers import grade
 from srit.runtime.files import InputError
 
 STEM = {"id": "x1", "answerKey": "B", "question": {
@@ -117,3 +118,18 @@ def test_synthetic_rows_are_demonstrations(tmp_path):
     output = tmp_path / "q.jsonl"
     main(DataConfig(name="synthetic", output=str(output), num_rows=20, domain="out"))
     assert len(read_demos(output)) == 20
+
+
+@pytest.mark.parametrize("rationales, text", [
+    ("plain", "24 * 50 = 1200"), ("marked", "24 * 50 = <<24*50=1200>>1200")])
+def test_rationales_are_demonstrations_with_a_right_answer(tmp_path, rationales, text):
+    """With the same ids and questions as without."""
+    content = json.dumps(RECORDS[0][1])
+    (question,) = convert(tmp_path, "gsm8k", content)
+    (demo,) = convert(tmp_path, "gsm8k", content, rationales=rationales)
+    assert demo == {**question, "teacher": "human", "completion": f"{text}\nThe answer is 1,200."}
+    assert grade(demo["completion"], demo).strict_correct
+    with pytest.raises(InputError, match="--rationales plain: svamp has none"):
+        convert(tmp_path, "svamp", json.dumps(RECORDS[1][1]), rationales="plain")
+    with pytest.raises(InputError, match="record 1: does not look like a record of gsm8k"):
+        convert(tmp_path, "gsm8k", '[{"question": "How many?"}]', rationales=rationales)

@@ -3,11 +3,13 @@
 import json
 
 from srit.commands import demo
+from srit.commands.config import DEMO_RECIPE
+from srit.commands.progress import Progress
 from srit.runtime.jsonl import read_jsonl
 
 
 def test_the_default_recipe_exists():
-    assert demo.RECIPE.is_file()
+    assert DEMO_RECIPE.is_file()
 
 
 def test_test_questions_are_in_no_other_file(tmp_path):
@@ -23,7 +25,8 @@ def test_test_questions_are_in_no_other_file(tmp_path):
     assert not questions["other-stories/test"] & questions["questions"]
 
 
-def test_the_table_of_seeds_has_every_model_and_domain(tmp_path):
+def test_the_table_of_seeds_has_every_model_and_domain(tmp_path, monkeypatch):
+    runs = {}
     for seed in (0, 1):
         for name, accuracy in (("eval-base", 0.05), ("eval-sft", 0.3), ("eval-dpo", 0.4 + seed / 10)):
             folder = tmp_path / f"seed-{seed}" / name
@@ -34,6 +37,9 @@ def test_the_table_of_seeds_has_every_model_and_domain(tmp_path):
             run = {"stage": "eval", "finished": True, "commit": "abc",
                    "versions": {"torch": "2"}, "machine": "M"}
             (folder / "run.json").write_text(json.dumps(run))
+            (folder / "generations.jsonl").touch()
+            runs[name] = run
+    monkeypatch.setattr(demo, "read_progress", lambda root: Progress(root, {}, runs))
     roots = {seed: tmp_path / f"seed-{seed}" for seed in (0, 1)}
     text = demo.seeds_table(roots, tmp_path / "seeds.csv").splitlines()
     assert text[2].split() == ["seed", "1", "5.0%", "30.0%", "50.0%", "1.0%", "1.0%", "1.0%"]

@@ -1,6 +1,7 @@
 """`srit plan`: parameter counts, what autograd saves, and how many tokens fit."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -93,6 +94,9 @@ def test_the_command_says_what_to_do(capsys):
     assert "fits 80 GiB; at most about" in capsys.readouterr().out
     with pytest.raises(InputError, match="neither a model directory"):
         main(PlanConfig("no/such/shape"))
-    with pytest.raises(InputError, match="--gpus 0: must be at least 1"):
-        PlanConfig("x", gpus=0)
+    for settings, rule in (({"gpus": 0}, "--gpus 0: must be at least 1"),
+                           ({"lora_r": 10**20}, f"--lora_r {10**20}: must be at most"),
+                           ({"max_memory": math.nan}, "--max_memory nan: must be a number")):
+        with pytest.raises(InputError, match=rule):
+            PlanConfig("x", **settings)
     assert set(SHAPES) >= {"SmolLM2-135M", "Llama-2-7B"}

@@ -1,63 +1,16 @@
 """The report of an invented run: complete, self-contained, and safe against model output."""
 
 import json
-import random
 import re
 
 import pytest
+from fake_run import NAMES, fake_run
 from tiny import write_rows
 
 from srit.commands.chart import line_chart, ticks
 from srit.commands.report import ReportConfig, change, describe, main, verdicts, write_report
-from srit.grading.statistics import summarize_generations
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_jsonl
-
-NASTY = "<script>alert(1)</script> | pipe\nThe answer is 7."
-
-
-def fake_run(root, seed=0, stages=("eval-base", "sft", "eval-sft", "sample", "pair", "dpo",
-                                   "eval-dpo")):
-    """A run directory with invented numbers."""
-    rng = random.Random(seed)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "recipe.yaml").write_text(
-        "model_name_or_path: some/model\noutput_dir: out/fake\n"
-        "data: {demos: [d], in_domain: [sums]}\nsft: {learning_rate: 2e-4}\n")
-    for at, name in enumerate(stages):
-        (root / name).mkdir()
-        run = {"stage": name.split("-")[0], "finished": True, "machine": "a machine",
-               "versions": {"python": "3.11", "torch": "2.13"}, "commit": "abc", "seconds": 90,
-               "parent": "some/model", "config": {},
-               "counts": {"rows": {"in": 10, "used": 8, "dropped": {"too long": 2}}}}
-        (root / name / "run.json").write_text(json.dumps(run))
-        if name.startswith("eval"):
-            rows = []
-            for dataset in ("sums", "other"):
-                for i in range(60):
-                    right = rng.random() < 0.2 + 0.1 * at
-                    rows.append({
-                        "id": f"{dataset}-{i}", "dataset": dataset, "task": "math", "sample": 0,
-                        "question": f"How many are {i} and {7 - i}?", "answer": "7",
-                        "text": NASTY if i == 0 else f"It is {'7' if right else '8'}.",
-                        "extracted": "7" if right else "8", "correct": right,
-                        "correct_strict": right, "finished": True, "n_tokens": 12})
-            write_rows(root / name / "generations.jsonl", rows)
-            files = {f"{dataset}.jsonl": {
-                **summarize_generations(r for r in rows if r["dataset"] == dataset),
-                "dataset": dataset, "in_domain": dataset == "sums"} for dataset in ("sums", "other")}
-            (root / name / "results.json").write_text(json.dumps({"files": files}))
-        if name in ("sft", "dpo"):
-            rows = [{"step": s, "loss": 1 / s, "rewards/margins": s / 10, "rewards/chosen": s / 20,
-                     "rewards/rejected": -s / 20, "rewards/accuracies": 0.5 + s / 50,
-                     "logps/chosen": -60.0 - s, "logps/rejected": -70.0 - 3 * s}
-                    for s in range(1, 21)]
-            write_rows(root / name / "metrics.jsonl", rows)
-        if name == "pair":
-            pair = {"chosen": [{"content": "long " * 20}], "rejected": [{"content": "7"}],
-                    "chosen_source": "self", "rejected_correct": True, "rejected_style": "direct"}
-            write_rows(root / name / "pairs.jsonl", [pair])
-    return root
 
 
 def test_the_page_is_complete_and_self_contained(tmp_path):
@@ -134,7 +87,7 @@ def test_the_verdict_claims_no_more_than_the_test():
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_got(tmp_path):
-    page = write_report([fake_run(tmp_path / "half", stages=("eval-base", "sft"))]).read_text()
+    page = write_report([fake_run(tmp_path / "half", names=("eval-base", "sft"))]).read_text()
     assert "Baseline" in page and "No generations of" in page
 
 
@@ -158,6 +111,20 @@ def test_a_directory_without_a_run_is_an_error(tmp_path):
         main(ReportConfig([str(tmp_path)]))
 
 
+def test_several_runs_must_have_the_same_evaluations(tmp_path):
+    roots = [fake_run(tmp_path / "whole"), fake_run(tmp_path / "half", names=NAMES[:3])]
+    with pytest.raises(InputError, match="half has evaluations .*whole has .*report each alone"):
+        write_report(roots)
+
+
+def test_a_log_that_srit_did_not_write_is_named(tmp_path):
+    root = fake_run(tmp_path / "fake")
+    for row, fault in (({"loss": 1.0}, "no field 'step'"), ({"step": 1, "loss": "x"}, "field 'loss'")):
+        write_rows(root / "sft" / "metrics.jsonl", [row])
+        with pytest.raises(InputError, match=f"metrics.jsonl:1: .*{fault}"):
+            write_report([root])
+
+
 def test_ticks_are_round():
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(-3, 17) == pytest.approx([0, 5, 10, 15])
@@ -168,3 +135,14 @@ def test_charts_handle_flat_single_and_missing_values():
     assert line_chart("t", []) == ""
     assert "<svg" in line_chart("t", [("a", [(1, 2.0)])])
     assert "nan" not in line_chart("t", [("a", [(1, 2.0), (2, float("nan")), (3, 2.0)])])
+
+
+def test_equations_of_the_training_rows_are_counted(tmp_path):
+    root = fake_run(tmp_path / "fake")
+    assert "equations" not in write_report([root]).read_text()
+    record = root / "sft" / "run.json"
+    run = json.loads(record.read_text())
+    next(iter(run["counts"].values())).update(equations=1234, false_equations=5)
+    record.write_text(json.dumps(run))
+    assert "hold 1,234 equations, 5 of them false." in write_report([root]).read_text()
+    assert "of sft hold 1234 equations, 5 of them false." in (root / "report.md").read_text()

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import demo, metrics, question, tiny_checkpoint, write_rows
 
-from srit.commands.run import RunConfig, main
+from srit.commands import run
+from srit.commands.config import RunConfig
+from srit.commands.run import main
 from srit.runtime.files import InputError
-from srit.runtime.outcome import BAD_INPUT
+from srit.runtime.outcome import BAD_INPUT, Stopped
 
 SMALL = """\
 model_name_or_path: {model}
@@ -86,12 +88,12 @@ def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, cap
     assert changed == {"model.safetensors"}
 
     recipe.write_text(recipe.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-3"))
-    with pytest.raises(InputError, match="dpo holds another run: learning_rate was 0.001"):
+    with pytest.raises(InputError, match="dpo already holds another run: learning_rate was 0.001"):
         main(RunConfig(str(recipe)))
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_status(recipe):
-    (recipe.parent / "demos.jsonl").write_text('{"id": "x"}\n')
+    recipe.write_text(recipe.read_text().replace("max_length: 256}", "max_length: 2}", 1))
     with pytest.raises(SystemExit) as stopped:
         main(RunConfig(str(recipe)))
     assert stopped.value.code == BAD_INPUT
@@ -146,11 +148,11 @@ def test_a_stage_ends_with_its_run_and_a_second_run_is_told_who_has_it(recipe):
 def test_modules_in_the_working_directory_are_not_run(recipe, tmp_path):
     for name in ("tqdm", "yaml", "json", "sft", "numpy"):
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(99)\n")
-    (recipe.parent / "demos.jsonl").write_text('{"id": "x"}\n')
+    recipe.write_text(recipe.read_text().replace("max_length: 256}", "max_length: 2}", 1))
     code = ("import sys; sys.path.pop(0); from srit.commands import run; "
             f"run.main(run.RunConfig({str(recipe)!r}))")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == BAD_INPUT, done.stderr  # of the demonstrations, not 99
+    assert done.returncode == BAD_INPUT, done.stderr  # of max_length, not 99
 
 
 def test_a_recipe_that_is_refused_writes_nothing(recipe):
@@ -158,6 +160,71 @@ def test_a_recipe_that_is_refused_writes_nothing(recipe):
     with pytest.raises(InputError, match="--beta -1"):
         main(RunConfig(str(recipe)))
     assert not (recipe.parent / "out").exists()
+
+
+@pytest.mark.parametrize("name, fault", [
+    ("near", "near.jsonl:13: field 'task' must be one of"),
+    ("demos", "demos.jsonl:13: the row has no field 'completion'"),
+])
+def test_rows_are_checked_before_anything_is_written(recipe, name, fault):
+    row = question(99, 1, 2) | ({"task": "riddle"} if name == "near" else {})
+    with open(recipe.parent / f"{name}.jsonl", "a") as handle:
+        handle.write(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=fault):
+        main(RunConfig(str(recipe)))
+    assert not (recipe.parent / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_named_before_anything_is_written(recipe):
+    (recipe.parent / "M").rename(recipe.parent / "N")
+    with pytest.raises(InputError, match="M: neither a model directory nor"):
+        main(RunConfig(str(recipe)))
+    assert not (recipe.parent / "out").exists()
+
+
+def ends_with(monkeypatch, *ends):
+    """Let stages make nothing and end in these ways, one after another; a list of those started."""
+    started, left = [], iter(ends)
+
+    def run_stage(stage):
+        started.append(stage)
+        if (end := next(left)) is not None:
+            raise end
+
+    monkeypatch.setattr(run, "run_stage", run_stage)
+    return started
+
+
+def test_a_recipe_that_its_first_stage_refuses_leaves_the_earlier_one(recipe, monkeypatch):
+    """Once a stage of it has ended well, recipe.yaml says what that was made with."""
+    kept = recipe.parent / "out" / "recipe.yaml"
+    ends_with(monkeypatch, Stopped(""), SystemExit(BAD_INPUT), None, SystemExit(BAD_INPUT))
+    with pytest.raises(Stopped):
+        main(RunConfig(str(recipe)))
+    earlier = kept.read_text()
+    recipe.write_text(recipe.read_text().replace("num_samples: 3", "num_samples: 5"))
+    with pytest.raises(SystemExit):
+        main(RunConfig(str(recipe)))
+    assert "num_samples: 3" in earlier and kept.read_text() == earlier
+    with pytest.raises(SystemExit):
+        main(RunConfig(str(recipe)))
+    assert "num_samples: 5" in kept.read_text()
+
+
+def test_templates_show_one_date_in_all_stages_of_a_run(recipe, monkeypatch):
+    """Also when it goes on on another day; the date is kept in recipe.yaml."""
+    kept = recipe.parent / "out" / "recipe.yaml"
+    started = ends_with(monkeypatch, Stopped(""), *[None] * 6, Stopped(""))
+    with pytest.raises(Stopped):
+        main(RunConfig(str(recipe)))
+    (first,) = started
+    assert f"date: '{first.values['date']}'" in kept.read_text()
+    kept.write_text(kept.read_text().replace(first.values["date"], "1999-12-31"))
+    with pytest.raises(Stopped):
+        main(RunConfig(str(recipe)))
+    assert {stage.kind: stage.values.get("date") for stage in started[1:]} == {
+        "eval": "1999-12-31", "sft": "1999-12-31", "sample": "1999-12-31", "pair": None,
+        "dpo": "1999-12-31"}
 
 
 def test_a_lost_terminal_stops_the_run(recipe):

@@ -58,7 +58,7 @@ def trained(sampler, step):
 @pytest.mark.parametrize("n,batch,accumulation,world", [(13, 2, 3, 1), (13, 2, 1, 2), (8, 8, 1, 1),
                                                         (5, 4, 2, 2), (1, 1, 1, 4)])
 def test_every_example_is_trained_once_an_epoch(ranks, n, batch, accumulation, world):
-    """D1, A11: nothing is lost in a last partial window; every rank runs equally many micro-batches."""
+    """Nothing is lost in a last partial window; every rank runs equally many micro-batches."""
     samplers = []
     for rank in range(world):
         ranks(rank, world)

@@ -46,7 +46,7 @@ def test_a_common_prefix_leaves_every_sequence_a_token(ids, shared):
 
 
 def test_trained_positions_are_the_completion():
-    """A9: the first answer token and the turn end are trained, the last prompt token is not."""
+    """The first answer token and the turn end are trained, the last prompt token is not."""
     prompt, completion = [1, 2, 3], [4, 5, 6]
     batch = collate([[rendered(prompt + completion, [0] * 3 + [1] * 3)]])
     assert batch.targets.tolist() == completion

@@ -50,3 +50,31 @@ def test_a_row_of_other_types_is_named(tokenizer, tmp_path, row):
     file = write_rows(tmp_path / "rows.jsonl", [demo(0, 3, 4), row])
     with pytest.raises(InputError, match=r"rows.jsonl:2: "):
         read_sft([str(file)], tokenizer, 400, ["cot"], True)
+
+
+LINE = "He has 3 + 4 = 7 apples. The answer is 7."
+FALSE = "He has 3 + 4 = 8, no, 3 + 4 = 7 apples. The answer is 7."
+NONE = "He has seven. The answer is 7."
+
+
+def answered(text):
+    """The same answer as a demonstration and as rows of TRL."""
+    turn = {"role": "assistant", "content": text}
+    return [{**demo(0, 3, 4), "completion": text}, {"prompt": [USER], "completion": [turn]},
+            {"prompt": "a = 1 + 1 = 3", "completion": text},
+            {"messages": [{**USER, "content": "1 + 1 = 3"}, turn, USER, {**turn, "content": "Yes."}]}]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("kind", range(4))
+def test_rows_with_a_false_equation_are_counted_and_dropped_on_request(tokenizer, tmp_path, kind, drop):
+    """Equations of prompts are none of the student's. One false equation is enough."""
+    file = write_rows(tmp_path / "rows.jsonl", [answered(t)[kind] for t in (LINE, FALSE, NONE)])
+    examples, counts = read_sft([str(file)], tokenizer, 400, ["cot"], True, drop_false_equations=drop)
+    if drop:
+        assert len(examples) == 2 and counts.dropped == {"false equation": 1}
+        assert counts.as_dict() | {"equations": 1, "false_equations": 0} == counts.as_dict()
+        assert "2 used, 1 false equation; 1 equations; 0 false equations" in str(counts)
+    else:
+        assert len(examples) == 3 and not counts.dropped
+        assert counts.as_dict() | {"equations": 3, "false_equations": 1} == counts.as_dict()

@@ -69,7 +69,7 @@ def generate(model: Decoder, some: list[Request], **settings) -> dict[object, Re
 def greedy_by_full_forward(model, ids, stop_ids, max_new_tokens):
     ids, start = list(ids), len(ids)
     while len(ids) < start + max_new_tokens:
-        token = int(model(torch.tensor([ids]))[0, -1].argmax())
+        token = int(model(torch.tensor([ids], device=model.model.norm.weight.device))[0, -1].argmax())
         if token in stop_ids:
             return ids[start:], True
         ids.append(token)
@@ -86,7 +86,8 @@ def test_greedy_is_the_argmax_of_the_full_forward():
 
 def test_the_triton_kernel_gives_the_same_texts(monkeypatch):
     monkeypatch.setenv("SRIT_KERNELS", "triton")
-    model, stop, some = tiny_model(), set(range(3, 9)), requests(3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, stop, some = tiny_model().to(device), set(range(3, 9)), requests(3)
     results = generate(model, some, stop_ids=stop, max_new_tokens=8, slots=4)
     for request in some:
         ids, finished = greedy_by_full_forward(model, request.prompt_ids, stop, 8)

@@ -84,7 +84,6 @@ def test_a_pair_is_a_trl_row_with_its_origin():
 
 
 def test_duplicates_and_unusable_samples_are_dropped_and_pairs_capped():
-    """Checklist D13."""
     rows = SAMPLES + [
         sample(0, "cot", 2, "  " + RIGHT.replace(" 3", "\n3"), True),  # differs only in whitespace
         sample(0, "cot", 3, "The answer is 8 and so", False, finished=False),

@@ -27,8 +27,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARIES = [(v, 32 * triton.cdiv(v, 32)) for v in (65, 32003, 49152, 128256, 151936)]  # and stride
 # (key/value heads, queries of each, head size): SmolLM2-135M, Llama-3.2-1B, Qwen2.5-1.5B, Gemma 3
 ATTENTION = [(3, 3, 64), (8, 4, 64), (2, 6, 128), (1, 4, 256)]
-# (vocabulary, D): one that no block divides, then those of SmolLM2-135M, Llama-3.2-1B, Qwen2.5-7B
-HEADS = [(32003, 896), (49152, 576), (128256, 2048), (152064, 3584)]
+# (vocabulary, D): less than a tile, one that no block divides, SmolLM2-135M, Llama-3.2-1B, Qwen2.5-7B
+HEADS = [(255, 64), (32003, 896), (49152, 576), (128256, 2048), (152064, 3584)]
 ACCESS = r"(?:ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)"  # groups: elements, bits of one
 
 
@@ -46,7 +46,7 @@ def variants(arch: int) -> Iterator[Variant]:
         # bf16 stands for all: other vocabularies change constants, fp16 changes a conversion.
         for vocab, width in VOCABULARIES if dtype == "bf16" else VOCABULARIES[1:3]:
             yield from row_softmax_variants(dtype, vocab, width)
-        for vocab, d in HEADS if dtype == "bf16" else HEADS[:2]:
+        for vocab, d in HEADS if dtype == "bf16" else HEADS[1:3]:
             yield from scoring_variants(dtype, vocab, d, arch)
         for heads in ATTENTION if dtype == "bf16" else ATTENTION[:1]:
             yield from paged_attention_variants(dtype, *heads)

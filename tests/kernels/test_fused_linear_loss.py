@@ -233,16 +233,16 @@ def test_master_weights_in_float32_with_bfloat16_activations(kernels):
         ({"ref_logps": None, "ref_hidden": torch.zeros(37, 16)}, "frozen head"),
         ({"ref_logps": None, "ref_hidden": torch.zeros(3, 16)}, r"got \(3, 16\)"),
         ({"ref_logps": torch.zeros(7)}, r"ref_logps \(8,\).*got \(7,\)"),
-        ({"cu_seqlens": torch.tensor([0, 37])}, r"\(2B \+ 1,\).*2 boundaries"),
-        ({"cu_seqlens": torch.tensor([0, 5, 8, 9, 18, 20, 22, 33, 36])}, "0 to 36"),
-        ({"cu_seqlens": torch.tensor([0, 5, 5, 9, 18, 20, 22, 33, 37])}, "sequence 1 has no"),
+        ({"cu_targets": torch.tensor([0, 37])}, r"\(2B \+ 1,\).*2 boundaries"),
+        ({"cu_targets": torch.tensor([0, 5, 8, 9, 18, 20, 22, 33, 36])}, "0 to 36"),
+        ({"cu_targets": torch.tensor([0, 5, 5, 9, 18, 20, 22, 33, 37])}, "sequence 1 has no"),
         ({"loss_type": "apo"}, "loss_type='apo'"),
         ({"rpo_alpha": -0.5}, "rpo_alpha=-0.5"),
     ],
 )
 def test_wrong_arguments_are_rejected(change, message):
     x, w, targets, cu, ref = (t.cpu() for t in pairs())
-    arguments = {"cu_seqlens": cu, "ref_logps": ref} | change
+    arguments = {"cu_targets": cu, "ref_logps": ref} | change
     with pytest.raises(ValueError, match=message):
         linear_dpo(x, w, targets, **arguments)
 

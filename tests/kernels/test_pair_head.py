@@ -97,7 +97,7 @@ def test_gradient_of_segment_sum_repeats_the_upstream_one(kernels):
         ([0, 2, 2, 4], "sequence 1 has no completion token"),
         ([0, 2, 3], "number of tokens 4, got 0 to 3"),
         ([1, 2, 4], "number of tokens 4, got 1 to 4"),
-        ([], "cu_seqlens"),
+        ([], "cu_targets"),
     ],
 )
 def test_wrong_boundaries_are_rejected(cu, message):

@@ -1,10 +1,15 @@
 """`dpo_loss`: values by hand, gradients against finite differences, settings it rejects."""
 
+from contextlib import nullcontext
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
+from srit.config import DPOConfig
 from srit.kernels import dpo_loss
 from srit.kernels.preference_loss import LOSS_TYPES, SMOOTHED
+from srit.runtime.files import InputError
 
 SETTINGS = [(name, 0.0) for name in LOSS_TYPES] + [(name, 0.1) for name in SMOOTHED]
 
@@ -63,3 +68,10 @@ def test_gradients_against_finite_differences(loss_type, label_smoothing):
 def test_wrong_settings_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         dpo_loss(*[torch.zeros(1)] * 4, **arguments)
+
+
+def test_the_flag_allows_these_losses_and_the_same_label_smoothing():
+    assert get_args(get_type_hints(DPOConfig)["loss_type"]) == LOSS_TYPES
+    for loss_type in LOSS_TYPES:
+        with nullcontext() if loss_type in SMOOTHED else pytest.raises(InputError, match="smoothing"):
+            DPOConfig("m", ["f"], "o", loss_type=loss_type, label_smoothing=0.1)

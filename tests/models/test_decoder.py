@@ -19,7 +19,6 @@ def test_logits_are_those_of_transformers(family, ids):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_logit(family, ids, side):
-    """D8."""
     _, theirs, ours = family
     T = ids.shape[1]
     mask = torch.ones_like(ids)
@@ -36,7 +35,6 @@ def test_padding_on_either_side_changes_no_logit(family, ids, side):
 
 @torch.no_grad()
 def test_packed_segments_do_not_see_each_other(family, ids):
-    """B12."""
     _, theirs, ours = family
     lengths = (ids.shape[1], 1, 12)
     rows = [ids[i, :n] for i, n in enumerate(lengths)]
@@ -117,7 +115,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, ids):
 
 
 def test_gradients_of_bfloat16_activations_are_float32(family, ids):
-    """A20: activations bfloat16; weights, their gradients and logits float32."""
+    """Activations bfloat16; weights, their gradients and logits float32."""
     directory, theirs, _ = family
     ours, _ = load_model(str(directory), compute_dtype=torch.bfloat16)
     assert ours.hidden(ids).dtype == torch.bfloat16

@@ -14,7 +14,6 @@ from srit.runtime.files import InputError
 
 
 def test_a_saved_model_is_read_back_by_transformers(family, ids, tmp_path):
-    """C10."""
     transformers = pytest.importorskip("transformers")
     directory, theirs, ours = family
     save_model(ours, ours.config, tmp_path)

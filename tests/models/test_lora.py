@@ -1,6 +1,7 @@
 """LoRA: adding and merging an adapter change no logit, and PEFT reads what is saved."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -61,7 +62,6 @@ def test_disabled_is_the_base_model_only_within_the_block(model):
 
 @torch.no_grad()
 def test_merging_changes_no_logit_and_merging_again_changes_nothing(model):
-    """C3."""
     names = set(model.state_dict())
     adapted = trained(model, r=8, alpha=4)(IDS)
     merge(model)
@@ -80,7 +80,7 @@ def test_a_saved_adapter_is_loaded_into_the_base(model, base, tmp_path):
     load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(fresh(IDS), adapted)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(base)  # C1: the exact base is on record
+    assert config["base_model_name_or_path"] == str(base)  # the exact base is on record
     assert config["target_modules"] == ["down_proj", "q_proj"]
 
 
@@ -118,6 +118,11 @@ def edit(directory, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def pipe(directory):
+    (directory / "adapter_model.safetensors").unlink()
+    os.mkfifo(directory / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize("damage,message", [
     (lambda d: edit(d, peft_type="IA3"), "only LORA"),
     (lambda d: edit(d, use_dora=True), "use_dora, which is not supported"),
@@ -125,7 +130,13 @@ def edit(directory, **changes):
     (lambda d: edit(d, target_modules=["q_proj"]), "unexpected tensor"),
     (lambda d: edit(d, target_modules=["no_such"]), "no module 'no_such'"),
     (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "no readable adapter"),
-    (lambda d: (d / "adapter_config.json").unlink(), "no readable adapter"),
+    (pipe, "adapter_model.safetensors: no such file"),
+    (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
+    (lambda d: (d / "adapter_config.json").write_text("[" * 500), "adapter_config.json: not JSON"),
+    (lambda d: edit(d, r="4"), "r must be an integer, at least 1, got '4'"),
+    (lambda d: edit(d, lora_alpha=10**400), "lora_alpha must be a number, at most 1e.30"),
+    (lambda d: edit(d, lora_dropout=2), "lora_dropout must be from 0 to 1, got 2"),
+    (lambda d: edit(d, target_modules="all-linear"), "target_modules must be a list of names"),
 ])
 def test_damaged_adapters_are_named(model, base, tmp_path, damage, message):
     save_adapter(trained(model, r=4), tmp_path / "adapter", str(base))

@@ -7,6 +7,7 @@ from srit.models import KVCache, ModelConfig
 from srit.models.paged_cache import PagedCache
 
 F32, BF16 = torch.float32, torch.bfloat16
+GPU = torch.cuda.is_available()
 # (heads, key/value heads, head size), window, dtype
 CASES = [((4, 2, 8), None, F32), ((3, 1, 24), 40, F32), ((2, 2, 16), 5, BF16), ((6, 2, 16), None, BF16)]
 
@@ -34,15 +35,16 @@ def truth(q, keys, values, window):
 @pytest.mark.parametrize("shape, window, dtype", CASES, ids=str)
 def test_a_step_is_attention_over_the_tokens_of_the_row(monkeypatch, kernels, shape, window, dtype):
     monkeypatch.setenv("SRIT_KERNELS", kernels)
+    device = "cuda" if GPU and kernels == "triton" else "cpu"
     heads, kv_heads, size = shape
     config = make_config(*shape, window)
     assert config.windows == (window,)
-    cache = PagedCache(config, 40, 8, 3, dtype)
+    cache = PagedCache(config, 40, 8, 3, dtype, device)
     for pool in cache.keys + cache.values:
         pool.fill_(100.0)  # reading an unwritten position shows in the result
     expected = []  # keys and values of every row
     for length, readers in ((33, 3), (0, 1), (70, 2)):
-        source = KVCache(config, 1, max(length, 1), dtype, "cpu")
+        source = KVCache(config, 1, max(length, 1), dtype, device)
         source.keys[0].normal_(), source.values[0].normal_()
         prompt = cache.add_prompt(source, 0, length)
         for _ in range(readers):
@@ -55,8 +57,8 @@ def test_a_step_is_attention_over_the_tokens_of_the_row(monkeypatch, kernels, sh
             expected[1] = expected.pop()
         cache.allocate()
         step = cache.begin(8)
-        q = torch.randn(8, heads, size).to(dtype)
-        k, v = torch.randn(2, 8, kv_heads, size).to(dtype)
+        q = torch.randn(8, heads, size).to(device, dtype)
+        k, v = torch.randn(2, 8, kv_heads, size).to(device, dtype)
         out = cache.attend(q, k, v, step, 0, window, size**-0.5)
         assert (step.table.inverse is None) == (kernels == "triton")
         cache.advance(8, 1)

@@ -10,8 +10,7 @@ from tiny import tiny_checkpoint
 
 from srit.models import decoder, load_model
 from srit.models.lora import add_lora
-from srit.models.ops import glu, rms_norm
-from srit.models.recompute import recomputable, recompute_in_backward
+from srit.models.ops import glu, recomputable, recompute_in_backward, rms_norm
 
 IDS = torch.arange(3, 43)[None]
 PACKED = {"cu_seqlens": torch.tensor([0, 16, 24, 32, 40]), "parents": torch.tensor([-1, 0, 0, -1]),

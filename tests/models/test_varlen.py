@@ -3,8 +3,10 @@
 It does not run on a CPU. Stand-ins with its signature compute what it documents.
 """
 
+import itertools
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from srit.config import DPOConfig
 from srit.data.batches import collate
-from srit.models import load_model, varlen
+from srit.models import attention, load_model, varlen
 from srit.train.dpo import compute_loss
 
 
@@ -56,10 +58,10 @@ def too_old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False
 
 
 @pytest.fixture
-def proven():
-    varlen.proven.cache_clear()
-    yield lambda windowed: varlen.proven(torch.device("cpu"), torch.float32, 16, windowed)
-    varlen.proven.cache_clear()
+def usable():
+    varlen.usable.cache_clear()
+    yield lambda windowed: varlen.usable(torch.device("cpu"), torch.float32, 16, windowed)
+    varlen.usable.cache_clear()
 
 
 @pytest.mark.parametrize("function", [by_definition, without_gqa])
@@ -81,8 +83,8 @@ def test_one_call_equals_segment_by_segment(function, window, tmp_path, monkeypa
     pairs, ref = [sides(size) for size in SIZES], -30 * torch.rand(2 * len(SIZES))
     for batch in (collate(pairs), collate([[side] for pair in pairs for side in pair])):
         results = []
-        for usable in (False, True):
-            monkeypatch.setattr(varlen, "usable", lambda *_, usable=usable: usable)
+        for one_call in (False, True):
+            monkeypatch.setattr(attention, "_takes_varlen", lambda *_, one_call=one_call: one_call)
             model.zero_grad()
             loss, metrics = compute_loss(model, replace(batch, ref_logps=ref), cfg)
             loss.backward()
@@ -93,31 +95,31 @@ def test_one_call_equals_segment_by_segment(function, window, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-def test_a_right_function_is_trusted(proven, windowed, monkeypatch):
+def test_a_right_function_is_trusted(usable, windowed, monkeypatch):
     for function in (by_definition, without_gqa):
-        varlen.proven.cache_clear()
+        varlen.usable.cache_clear()
         monkeypatch.setattr(varlen, "varlen_attn", function)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert proven(windowed)
-        varlen.proven.cache_clear()
+            assert usable(windowed)
+        varlen.usable.cache_clear()
         with torch.inference_mode():
-            assert proven(windowed)
+            assert usable(windowed)
 
 
 @pytest.mark.parametrize("function, reason", [(top_left, "wrong results"), (too_old, "scale")])
-def test_a_wrong_or_older_function_is_named_and_not_used(proven, function, reason, monkeypatch):
+def test_a_wrong_or_older_function_is_named_and_not_used(usable, function, reason, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", function)
     with pytest.warns(UserWarning, match=f"varlen_attn of torch .*{reason}.*segments are computed one"):
-        assert not proven(False)
+        assert not usable(False)
 
 
-def test_the_check_runs_within_a_checkpointed_block(proven, monkeypatch):
+def test_the_check_runs_within_a_checkpointed_block(usable, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", by_definition)
     tried = []
 
     def block(x):
-        tried.append(proven(False))
+        tried.append(usable(False))
         return x.square().sum()
 
     x = torch.ones(3, requires_grad=True)
@@ -126,19 +128,21 @@ def test_the_check_runs_within_a_checkpointed_block(proven, monkeypatch):
 
 
 def test_it_is_used_on_a_gpu_in_16_bits_only(monkeypatch):
-    monkeypatch.setattr(varlen, "proven", lambda *_: True)
-    gpu = torch.device("cuda")
-    assert varlen.usable(gpu, torch.bfloat16, 64, None)
-    assert not varlen.usable(gpu, torch.float32, 64, None)
-    assert not varlen.usable(torch.device("cpu"), torch.bfloat16, 64, None)
+    monkeypatch.setattr(varlen, "usable", lambda *_: True)
+    for on_gpu, dtype in itertools.product((True, False), (torch.bfloat16, torch.float32)):
+        q = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, device=None, shape=(1, 9, 4, 64))
+        assert attention._takes_varlen(q, None) == (on_gpu and dtype == torch.bfloat16)
+
+
+def test_a_torch_without_it_goes_segment_by_segment(usable, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", None)
-    assert not varlen.usable(gpu, torch.bfloat16, 64, None)
+    assert not usable(False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 4])
-def test_this_torch_has_a_right_function(window):
-    assert varlen.usable(torch.device("cuda"), torch.bfloat16, 64, window)
+@pytest.mark.parametrize("windowed", [False, True])
+def test_this_torch_has_a_right_function(windowed):
+    assert varlen.usable(torch.device("cuda"), torch.bfloat16, 64, windowed)
 
 
 @pytest.mark.gpu

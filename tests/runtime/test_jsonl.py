@@ -71,6 +71,18 @@ def test_an_incomplete_last_line_is_cut(tmp_path):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("rows, torn", [(0, 10), (0, 200_000), (1, 0), (1, 2**16), (1, 200_000),
+                                        (9, 2**16 - 1), (2**18, 5)])
+def test_only_the_tail_is_read_for_a_torn_line(tmp_path, rows, torn):
+    path, whole = tmp_path / "rows.jsonl", b'{"id": "0123456789"}\n' * rows
+    path.write_bytes(whole + b"x" * torn)
+    tracemalloc.start()
+    cut_torn_line(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20  # the last file has 5 MiB
+    tracemalloc.stop()
+    assert path.read_bytes() == whole
+
+
 def test_counts_add_up():
     counts = Counts("pairs")
     counts.use(3)

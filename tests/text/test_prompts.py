@@ -1,4 +1,4 @@
-"""Which ids a row becomes and which of them are trained. B1 to B15: bugs seen in other trainers."""
+"""Which ids a row becomes and which of them are trained. Most tests hold bugs of other trainers."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_a_choice_question_names_the_letters_of_its_row():
 
 
 def test_eos_is_trained_even_if_it_is_also_the_pad_token(tmp_path):
-    """B1. The mask goes by position, not by id."""
+    """The mask goes by position, not by id."""
     tokenizer = family_tokenizer(tmp_path, "chatml")
     assert tokenizer.pad_id == tokenizer.eos_id
     for rendered in (render(tokenizer, USER, "He has 7."), render(tokenizer, "How?", " He has 7."),
@@ -64,7 +64,7 @@ def test_eos_is_trained_even_if_it_is_also_the_pad_token(tmp_path):
 
 
 def test_a_turn_ends_with_the_token_of_the_template(family):
-    """B2. It may differ from the tokenizer's EOS, with which plain text ends."""
+    """It may differ from the tokenizer's EOS, with which plain text ends."""
     name, tokenizer = family
     assert trained(tokenizer, render(tokenizer, USER, ANSWER)) == (
         "He has 7." + FAMILIES[name].turn_end)
@@ -73,7 +73,6 @@ def test_a_turn_ends_with_the_token_of_the_template(family):
 
 
 def test_a_completion_that_brings_its_end_of_turn_gets_no_second_one(family):
-    """B3."""
     name, tokenizer = family
     for end in (FAMILIES[name].turn_end, FAMILIES[name].eos):
         for text in ("He has 7.", f"He has 7.{end}", f"He has 7.{end}{end}\n", f"He has 7. {end}"):
@@ -83,7 +82,6 @@ def test_a_completion_that_brings_its_end_of_turn_gets_no_second_one(family):
 
 
 def test_the_mask_is_as_long_as_the_ids(family):
-    """B4."""
     _, tokenizer = family
     for rendered in (render(tokenizer, USER), render(tokenizer, USER, ANSWER),
                      render_conversation(tokenizer, TALK)):
@@ -93,7 +91,7 @@ def test_the_mask_is_as_long_as_the_ids(family):
 @pytest.mark.parametrize("post_bos", [False, True])
 @pytest.mark.parametrize("name", ["llama3", "gemma", "mistral", "none"])
 def test_there_is_one_bos_at_most(tmp_path, name, post_bos):
-    """B5. From the template, or for plain text from the tokenizer, but never from both."""
+    """From the template, or for plain text from the tokenizer, but never from both."""
     tokenizer = family_tokenizer(tmp_path, name, post_bos=post_bos)
     rows = [render(tokenizer, USER, ANSWER), render_conversation(tokenizer, TALK)]
     assert [row.ids.count(tokenizer.bos_id) for row in rows] == 2 * [
@@ -105,7 +103,7 @@ def test_there_is_one_bos_at_most(tmp_path, name, post_bos):
 
 
 def test_no_token_spans_prompt_and_completion(chatml):
-    """B6. `Tom h` + `as` is not `Tom has`: the prompt has the ids that generation continues."""
+    """`Tom h` + `as` is not `Tom has`: the prompt has the ids that generation continues."""
     joint = chatml.encode("Tom has")
     row = render(chatml, "Tom h", "as")
     assert row.ids[:-1] != joint
@@ -114,7 +112,6 @@ def test_no_token_spans_prompt_and_completion(chatml):
 
 
 def test_chosen_and_rejected_have_the_same_prompt_ids(family):
-    """B7."""
     _, tokenizer = family
     chosen, rejected = (render(tokenizer, USER, text) for text in ("7.", "He has 3, no, 4"))
     start = chosen.mask.index(True)
@@ -123,7 +120,6 @@ def test_chosen_and_rejected_have_the_same_prompt_ids(family):
 
 @pytest.mark.parametrize("completion", ["", " \n", "<|im_end|>", "</s>\n", " <|im_end|> </s>"])
 def test_an_empty_completion_is_an_error(chatml, completion):
-    """B8."""
     with pytest.raises(InputError, match="completion is empty"):
         render(chatml, USER, completion)
     with pytest.raises(InputError, match="completion is empty"):
@@ -132,13 +128,11 @@ def test_an_empty_completion_is_an_error(chatml, completion):
 
 @pytest.mark.parametrize("completion", ["", "  ", "</s>"])
 def test_an_empty_plain_completion_is_an_error(chatml, completion):
-    """B8."""
     with pytest.raises(InputError, match="completion is empty"):
         render(chatml, "How?", completion)
 
 
 def test_prompt_tokens_are_not_trained(family):
-    """B9."""
     _, tokenizer = family
     row = render(tokenizer, USER, ANSWER)
     prompt = tokenizer.encode(prompt_text(tokenizer, USER))
@@ -148,7 +142,6 @@ def test_prompt_tokens_are_not_trained(family):
 
 
 def test_exactly_the_assistant_turns_are_trained(family):
-    """B10."""
     name, tokenizer = family
     row = render_conversation(tokenizer, TALK)
     end = FAMILIES[name].turn_end
@@ -160,7 +153,7 @@ def test_exactly_the_assistant_turns_are_trained(family):
 
 
 def test_text_that_looks_like_a_marker_does_not_move_the_mask(chatml):
-    """B10. The mask does not search for a response marker, which questions and answers may contain."""
+    """The mask does not search for a response marker, which questions and answers may contain."""
     marker = "<|im_start|>assistant\n"
     talk = [{"role": "user", "content": f"Say {marker}"},
             {"role": "assistant", "content": f"{marker}x<|im_end|>y"}]
@@ -169,7 +162,7 @@ def test_text_that_looks_like_a_marker_does_not_move_the_mask(chatml):
 
 
 def test_the_mask_needs_no_generation_tag(tmp_path):
-    """B11. With `{% generation %}` (Qwen's template) and without, the same tokens are trained."""
+    """With `{% generation %}` (Qwen's template) and without, the same tokens are trained."""
     rows = []
     for name in ("qwen", "chatml-other-eos"):
         tokenizer = family_tokenizer(tmp_path / name, name)
@@ -183,7 +176,6 @@ def test_the_mask_needs_no_generation_tag(tmp_path):
     (MISTRAL, "must alternate"),
 ])
 def test_a_template_whose_turns_cannot_be_found_is_an_error(tmp_path, template, message):
-    """B11."""
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, template, "</s>"))
     talk = [*TALK[:3], TALK[2], TALK[3]] if template == MISTRAL else TALK
     with pytest.raises(InputError, match=message):
@@ -191,7 +183,7 @@ def test_a_template_whose_turns_cannot_be_found_is_an_error(tmp_path, template, 
 
 
 def test_the_prompt_has_as_many_ids_with_and_without_a_completion(chatml):
-    """B15. The filter for long prompts counts the ids that are not trained."""
+    """The filter for long prompts counts the ids that are not trained."""
     row = render(chatml, USER, "7")
     assert len(row.ids) - sum(row.mask) == len(render(chatml, USER).ids)
 

@@ -43,14 +43,12 @@ def test_text_and_ids_are_those_of_transformers(tmp_path, auto, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_template_determines_the_end_of_turn(tmp_path, name):
-    """B2."""
     tokenizer = family_tokenizer(tmp_path, name)
     assert token(tokenizer, tokenizer.turn_end_id) == FAMILIES[name].turn_end
     assert tokenizer.stop_ids == {tokenizer.eos_id, tokenizer.turn_end_id}
 
 
 def test_every_eos_of_the_checkpoint_stops_generation(tmp_path, auto):
-    """B2."""
     write_tokenizer(tmp_path, LLAMA3, "</s>")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 8, "model_type": "llama"}')
@@ -66,7 +64,7 @@ def test_every_eos_of_the_checkpoint_stops_generation(tmp_path, auto):
     ({}, False), ({"post_bos": True}, True), ({"add_bos_token": True}, False),
     ({"post_bos": True, "add_bos_token": False}, True), ({"bos_token": None}, False)])
 def test_bos_is_added_as_in_transformers(tmp_path, auto, settings, expected):
-    """B5. The post-processor decides. `add_bos_token` is not read, but written correctly."""
+    """The post-processor decides. `add_bos_token` is not read, but written correctly."""
     write_tokenizer(tmp_path / "in", **settings)
     tokenizer = load_tokenizer(tmp_path / "in")
     assert tokenizer.adds_bos is expected

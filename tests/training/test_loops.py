@@ -171,7 +171,7 @@ def test_rpo_alpha_adds_the_mean_nll_of_the_chosen(tiny, tmp_path):
 
 
 def test_lora_exports_base_and_adapter_merged(tiny, tmp_path):
-    """C1: what the next stage loads is the instructed model, not the base."""
+    """What the next stage loads is the instructed model, not the base."""
     out = run_sft(tiny, tmp_path, "out", max_steps=3, use_peft=True, lora_r=4, learning_rate=1e-2)
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     before, after = weights(tiny), weights(out)
@@ -283,7 +283,7 @@ def test_non_finite_loss_names_the_rows(tiny, tmp_path):
 
 
 def test_a_step_that_is_not_finite_changes_no_weight(tiny, tmp_path):
-    """A18. The log counts such steps and names their rows, up to max_skipped_steps."""
+    """The log counts such steps and names their rows, up to max_skipped_steps."""
     model, _ = load_model(str(tiny))
     optimizer = make_adamw(model, SFTConfig(str(tiny), ["f"], str(tmp_path)))
     state = TrainState(step=2, total_steps=100)
@@ -322,7 +322,7 @@ def test_token_budget(tiny, tmp_path, stage):
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("what", ["model", "rows"])
 def test_inputs_replaced_between_stop_and_resume_are_refused(tiny, tmp_path, stage, what):
-    """C9 and more: weights or rows under the same names, but not what the run began with."""
+    """Weights or rows under the same names, but not what the run began with."""
     model = shutil.copytree(tiny, tmp_path / "model")
     run = run_sft if stage == "sft" else run_dpo
     settings = {"save_steps": 2, "per_device_train_batch_size": 2}
@@ -341,8 +341,49 @@ def test_a_checkpoint_named_by_hand_must_be_of_the_same_inputs(tiny, tmp_path):
                 resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
+def test_a_checkpoint_named_by_hand_must_be_of_the_same_settings(tiny, tmp_path):
+    run_sft(tiny, tmp_path, "a", max_steps=2, save_steps=2)
+    again = dict(max_steps=4, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    file = [str(tmp_path / "a.jsonl")]
+    with pytest.raises(InputError, match="checkpoint-2: was trained with other settings: learning_rate "
+                                         "was 0.001, now 0.01; resume with those"):
+        sft.main(SFTConfig(str(tiny), file, str(tmp_path / "b"),
+                           **{**QUIET, **again, "learning_rate": 0.01}))
+    sft.main(SFTConfig(str(tiny), file, str(tmp_path / "c"), **QUIET, **again, save_steps=1))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_best_weights_come_along_with_a_checkpoint_from_elsewhere(tiny, tmp_path, capsys, there):
+    """Without them the best weights are sought anew; with them, the first ones stay the best."""
+    file = str(write_rows(tmp_path / "eval.jsonl", DEMOS[:4]))
+    settings = dict(QUIET, eval_steps=1, eval_file=[file], learning_rate=3.0, save_steps=3,
+                    per_device_train_batch_size=4)
+    a = run_sft(tiny, tmp_path, "a", max_steps=3, **settings)
+    (best,) = a.glob("best-*")
+    if not there:
+        shutil.rmtree(best)
+    b = tmp_path / "b"
+    sft.main(SFTConfig(str(tiny), [str(tmp_path / "a.jsonl")], str(b), max_steps=5,
+                       resume_from_checkpoint=str(a / "checkpoint-3"), **settings))
+    losses = {row["step"]: row["eval_loss"] for row in metrics(a) + metrics(b)}
+    step = json.loads((b / "run.json").read_text())["best_step"]
+    assert step == min(losses if there else [4, 5], key=losses.get)
+    assert ("are sought from step 3 on" in capsys.readouterr().out) != there
+    if there:
+        assert best.name == f"best-{step}"
+        assert_same_weights(a, b)
+
+
+def test_a_stop_says_how_a_checkpoint_named_by_hand_goes_on(tiny, tmp_path):
+    out = run_sft(tiny, tmp_path, "out", max_steps=2, save_steps=2)
+    with shutdown.listening(max_time=1e-9), pytest.raises(
+            Stopped, match="the same command without --resume_from_checkpoint goes on from there"):
+        run_sft(tiny, tmp_path, "out", max_steps=4,
+                resume_from_checkpoint=str(out / "checkpoint-2"))
+
+
 def test_the_reference_cache_is_reused_unless_it_was_changed(tiny, tmp_path, monkeypatch, capsys):
-    """C6. A line that is not as it was written is scored again; so is a pair that has changed."""
+    """A line that is not as it was written is scored again; so is a pair that has changed."""
     one_by_one = dict(per_device_train_batch_size=1, gradient_accumulation_steps=7, max_steps=1)
     out = run_dpo(tiny, tmp_path, "out", **one_by_one)
     scored, token_logps = [], reference.token_logps
@@ -425,6 +466,13 @@ def test_a_damaged_older_checkpoint_is_set_aside_in_rotation(tiny, tmp_path):
 def test_a_finished_run_says_so(tiny, tmp_path):
     run_sft(tiny, tmp_path, "out", max_steps=1)
     with pytest.raises(Finished, match="this run is finished; train longer with"):
+        run_sft(tiny, tmp_path, "out", max_steps=1)
+    with open(tmp_path / "out" / "model.safetensors", "ab") as handle:
+        handle.write(b"x")
+    with pytest.raises(InputError, match="model.safetensors is not as it was written; bring it back"):
+        run_sft(tiny, tmp_path, "out", max_steps=1)
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="model.safetensors is gone; bring it back"):
         run_sft(tiny, tmp_path, "out", max_steps=1)
 
 

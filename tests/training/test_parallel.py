@@ -1,12 +1,13 @@
 """Several processes are one: losses, gradients and weights, replicated (ddp) or sharded (fsdp)."""
 
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import demo, metrics, pair, tiny_checkpoint, write_rows
 
@@ -34,20 +35,21 @@ def files(tmp_path_factory):
     return folder
 
 
-def train(files, stage, output_dir, ranks, **settings):
+def train(files, stage, output_dir, ranks, torchrun=False, **settings):
     """Run a stage in `ranks` processes; 4 rows or pairs to an optimizer step."""
     settings = {**SETTINGS, "max_steps": 5, "eval_steps": 5, "per_device_train_batch_size": 4 // ranks,
                 "eval_file": files / f"{stage}-eval.jsonl", "load_best_model_at_end": False,
                 **settings}
+    settings |= {"model_name_or_path": files / "tiny", "train_file": files / f"{stage}.jsonl",
+                 "output_dir": output_dir}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *(launch if ranks > 1 else ()), "-m", f"srit.train.{stage}",
-         "--model_name_or_path", files / "tiny", "--train_file", files / f"{stage}.jsonl",
-         "--output_dir", output_dir, *words],
-        capture_output=True, text=True, cwd="/",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
-    assert done.returncode == 0, done.stderr
+    if torchrun:
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node", str(ranks), "-m", f"srit.train.{stage}", *words],
+                              capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, done.stderr
+    else:
+        run_ranks(stage, words, ranks, tempfile.mkdtemp(dir=files))
     return output_dir
 
 
@@ -83,7 +85,6 @@ def assert_same_weights(one, many, tolerance=1e-6):
         assert (a[name] - b[name]).norm() <= tolerance * a[name].norm(), name
 
 
-# A2 and A12 of the peers' bugs among them.
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("parallel,ranks", [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
 def test_n_ranks_are_one(files, one_process, tmp_path, stage, parallel, ranks):
@@ -146,7 +147,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(files, one_process, tmp_path
 
 def test_a_sharded_checkpoint_is_a_model(files, tmp_path):
     """load_model puts the parts of all ranks together."""
-    out = train(files, "sft", tmp_path / "out", 2, parallel="fsdp", max_steps=2, save_steps=2)
+    out = train(files, "sft", tmp_path / "out", 2, torchrun=True, parallel="fsdp", max_steps=2,
+                save_steps=2)
     checkpoint, config = load_model(str(out / "checkpoint-2"))
     final, _ = load_model(str(out))
     assert config.hidden_size == 32

@@ -1,0 +1,19 @@
+"""Which stages have the judge among their inputs."""
+
+import pytest
+
+from srit.config import DPOConfig, EvalConfig, PairConfig, SampleConfig, SFTConfig
+from srit.data.inputs import stage_inputs
+from srit.grading.judge import judge_files
+
+
+@pytest.mark.parametrize("cfg, graded", [
+    (EvalConfig("M", "o", eval_file=["f"]), True), (SampleConfig("M", "o", train_file=["f"]), True),
+    (PairConfig(["f"], "o"), True), (SFTConfig("M", ["f"], "o"), True),
+    (SFTConfig("M", ["f"], "o", filter_demos=False), False), (DPOConfig("M", ["f"], "o"), False)])
+def test_a_stage_that_grades_has_the_judge_among_its_inputs(tmp_path, monkeypatch, cfg, graded):
+    (tmp_path / "M").mkdir()
+    monkeypatch.chdir(tmp_path)
+    files = stage_inputs(cfg)
+    assert "f" in map(str, files)
+    assert (set(judge_files()) <= set(files)) == graded
