@@ -81,10 +81,13 @@ def logits_buffer(rows: int, weight: Tensor) -> Tensor:
     """(rows, V), uninitialised; every row starts on a 64-byte boundary, whatever V is.
 
     GEMM libraries need the alignment for their fast kernels; without it they choose other kernels,
-    which round differently.
+    which round differently. What lies between the rows is zero: bf16 GEMMs of CPUs with AMX multiply it
+    by zero, which must not make NaN.
     """
     vocab, align = len(weight), ROW_ALIGNMENT // weight.element_size()
-    return weight.new_empty(rows, math.ceil(vocab / align) * align)[:, :vocab]
+    buffer = weight.new_empty(rows, math.ceil(vocab / align) * align)
+    buffer[:, vocab:] = 0
+    return buffer[:, :vocab]
 
 
 def chunk_logits(x: Tensor, w: Tensor, limit: int) -> Iterator[tuple[slice, Tensor]]:

@@ -22,7 +22,7 @@ from srit.runtime.limits import check, read_object
 
 SHARD_BYTES = 5 * 1000**3
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 NAMES = (CONFIG, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "generation_config.json", "chat_template.jinja")
 
@@ -52,6 +52,11 @@ def resolve(name: str | Path) -> Path:
         for file in (*(path / name for name in NAMES), *path.glob("*.safetensors")):
             if file.is_symlink() and not file.exists():  # a hub snapshot whose blob is gone
                 raise InputError(f"{file}: a link to {os.readlink(file)}, which does not exist")
+        weights = ("model.safetensors", INDEX)
+        if (path / ADAPTER).is_file() and not any((path / name).exists() for name in weights):
+            base = read_object(path / ADAPTER).get("base_model_name_or_path")
+            raise InputError(f"{path}: an adapter of {base}, not a model; merge them first: srit convert "
+                             f"--model_name_or_path {base} --adapter {path} --output_dir NEW")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):

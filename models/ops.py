@@ -1,4 +1,4 @@
-"""RMSNorm, gated linear unit and rotary embedding, and what the backward recomputes of them.
+"""RMSNorm, gated linear unit and rotary embedding, and how little memory their backward keeps.
 
 Autograd would save every intermediate of these elementwise chains, in bfloat16 also the float32 copies.
 `rms_norm` and `glu` save only their inputs. Their outputs are most of what a block saves, as inputs of
@@ -9,13 +9,15 @@ The forward runs the same operations in the same order with and without gradient
 DPO loss is exactly ln 2. F.rms_norm would not: it has two code paths.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _recomputing = False
@@ -141,3 +143,30 @@ def _unpack(saved: Tensor | tuple[Callable[[], Tensor], torch.Size]) -> Tensor:
         return saved
     function, shape = saved
     return function().view(shape)
+
+
+def return_free_memory(*_: object) -> None:
+    """Return freed heap to the OS: glibc keeps fragments that later tensors do not fit (docs/step.md).
+
+    Does nothing where the C library has no malloc_trim.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def trim_heap_between_layers(embedding: nn.Module, layers: nn.ModuleList) -> None:
+    """On a CPU, return freed heap after every block's forward, and before the embedding's gradient.
+
+    The embedding's gradient is the last and largest tensor of the backward; the activations are
+    freed by then, but in fragments.
+    """
+    embedding.register_forward_hook(_trim_before_gradient)
+    for block in layers:
+        block.register_forward_hook(return_free_memory)
+
+
+def _trim_before_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(return_free_memory)

@@ -7,14 +7,7 @@ from srit.kernels import linear_dpo, linear_logp, linear_nll, segment_sum
 from srit.kernels.preference_loss import dpo_loss
 from srit.models import Decoder
 
-__all__ = ["dpo_loss", "linear_dpo", "linear_nll", "sequence_logps", "token_logps", "trained_hidden"]
-
-
-def trained_hidden(model: Decoder, batch: Batch) -> Tensor:
-    """(M, D) hidden states of the positions that predict a trained token; only they reach the head."""
-    hidden = model.hidden(batch.input_ids, positions=batch.positions, cu_seqlens=batch.cu_seqlens,
-                          parents=batch.parents)
-    return hidden[0, batch.predict_positions]
+__all__ = ["dpo_loss", "linear_dpo", "linear_nll", "sequence_logps", "token_logps"]
 
 
 def token_logps(model: Decoder, batch: Batch) -> Tensor:
@@ -23,7 +16,7 @@ def token_logps(model: Decoder, batch: Batch) -> Tensor:
     Through the same GEMMs as the losses: a reference scored with it equals the policy to the bit
     while their weights are equal.
     """
-    return linear_logp(trained_hidden(model, batch), model.head_weight, batch.targets, path="gemm")
+    return linear_logp(batch.trained_hidden(model), model.head_weight, batch.targets, path="gemm")
 
 
 def sequence_logps(logps: Tensor, cu_targets: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from srit.data.batches import Batch, Pair, collate_pairs
 from srit.data.examples import read_pairs
 from srit.data.inputs import stage_inputs
 from srit.kernels.fused_linear_loss import linear_dpo
-from srit.losses import trained_hidden
 from srit.models import Decoder
 from srit.models.lora import disabled
 from srit.runtime.distributed import all_reduce_sum
@@ -46,10 +45,10 @@ def compute_loss(model: Decoder, batch: Batch, cfg: DPOConfig,
     ref_hidden = None
     if batch.ref_logps is None:  # then the reference is the model with its adapter switched off
         with disabled(model), torch.no_grad():
-            ref_hidden = trained_hidden(model, batch)
+            ref_hidden = batch.trained_hidden(model)
     # Chunk by chunk: logits -> log-probs -> dpo_loss (kernels/preference_loss.py) -> gradients.
     loss, stats = linear_dpo(
-        trained_hidden(model, batch), model.head_weight, batch.targets, batch.cu_targets,
+        batch.trained_hidden(model), model.head_weight, batch.targets, batch.cu_targets,
         batch.ref_logps, ref_hidden=ref_hidden, beta=cfg.beta, loss_type=cfg.loss_type,
         label_smoothing=cfg.label_smoothing, rpo_alpha=cfg.rpo_alpha or 0.0, scale=scale)
     chosen, rejected = stats.chosen_rewards, stats.rejected_rewards

@@ -42,7 +42,7 @@ def main(cfg: EvalConfig) -> None:
     run = Run("eval", cfg, stage_inputs)
     run.end_if_finished()
     model, tokenizer = load_for_generation(cfg, run.device, run.date)
-    prompts = read_prompts(cfg.eval_file, [cfg.prompt_style], tokenizer, cfg.limit)
+    prompts = read_prompts(cfg.eval_file, [cfg.prompt_style], tokenizer, cfg.limit, cfg=cfg)
     check_fit(prompts, model, cfg.max_new_tokens)
     run.claim()
     for file in cfg.eval_file:
@@ -86,7 +86,7 @@ def summarize(cfg: EvalConfig, prompts: list[Prompt], rows: list[dict]) -> dict:
 
 def results_table(results: dict) -> str:
     extra = sorted({key for file in results["files"].values() for key in file
-                    if "@" in key or key.startswith("accuracy_text")})
+                    if "@" in key or key == "score" or key.startswith("accuracy_text")})
     header = ["data", "n", "accuracy", "95 % interval", "strict", "unparsed", "finished", "tokens"]
     lines = []
     for file in results["files"].values():

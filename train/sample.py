@@ -28,7 +28,8 @@ def main(cfg: SampleConfig) -> None:
     run = Run("sample", cfg, stage_inputs)
     run.end_if_finished()
     model, tokenizer = load_for_generation(cfg, run.device, run.date)
-    prompts = read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit, one_id_space=True)
+    prompts = read_prompts(cfg.train_file, cfg.prompt_style, tokenizer, cfg.limit, one_id_space=True,
+                           cfg=cfg)
     prompts, counts = drop_too_long(prompts, model, cfg.max_new_tokens)
     run.counts.append(counts)
     run.say(f"{counts}, {cfg.num_samples} samples each")

@@ -23,7 +23,7 @@ from srit.data.batches import Batch, Example, collate_examples
 from srit.data.examples import read_sft
 from srit.data.inputs import stage_inputs
 from srit.kernels.fused_linear_loss import linear_nll
-from srit.losses import token_logps, trained_hidden
+from srit.losses import token_logps
 from srit.models import Decoder
 from srit.runtime.distributed import all_reduce_sum
 from srit.runtime.run_dir import Run
@@ -38,7 +38,7 @@ METRICS = ("loss", "entropy", "mean_token_accuracy")
 
 def compute_loss(model: Decoder, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
     """scale * the sum of −log π over the trained tokens, and the sums of METRICS over them."""
-    loss, stats = linear_nll(trained_hidden(model, batch), model.head_weight, batch.targets,
+    loss, stats = linear_nll(batch.trained_hidden(model), model.head_weight, batch.targets,
                              scale=scale, return_stats=True)
     return loss, torch.stack([-stats.logps.sum(), stats.entropy.sum(), stats.correct.sum()])
 
@@ -60,7 +60,8 @@ def main(cfg: SFTConfig) -> None:
     run = Run("sft", cfg, stage_inputs)
     model, tokenizer, max_length = load_student(run)
     train, held_out = read_rows(run, read_sft, tokenizer, max_length, cfg.prompt_style,
-                                cfg.filter_demos, cfg.parse_special_tokens, cfg.drop_false_equations)
+                                cfg.filter_demos, cfg.parse_special_tokens, cfg.drop_false_equations,
+                                cfg)
     run.claim()  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_examples, cfg, bin_tokens=max_length if cfg.packing else 0)
     add_adapter_and_shard(model, cfg, run.device)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srit.models import Decoder
 from srit.models.ops import to_device
 from srit.text.prompts import Rendered
 
@@ -94,6 +95,12 @@ class Batch:
         if device.type == "cuda":
             moved["cu_targets"] = self.cu_targets.pin_memory()
         return replace(self, **moved)
+
+    def trained_hidden(self, model: Decoder) -> Tensor:
+        """(M, D) hidden states of the positions that predict a trained token: all that the head sees."""
+        hidden = model.hidden(self.input_ids, positions=self.positions, cu_seqlens=self.cu_seqlens,
+                              parents=self.parents)
+        return hidden[0, self.predict_positions]
 
 
 def collate(groups: Sequence[Sequence[Rendered]]) -> Batch:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from srit.config import TrainConfig
-from srit.training.memory import return_free_memory
+from srit.models.ops import return_free_memory
 
 BUCKET = 2**26  # bytes of gradients in one collective
 Item = TypeVar("Item")

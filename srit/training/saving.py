@@ -138,13 +138,13 @@ class Checkpoints:
                reference: str | None = None) -> TrainState:
         """The state of the checkpoint to go on from, loaded into model and optimizer; or a fresh one.
 
-        Raises Finished for a run that is finished, and InputError for a checkpoint of other inputs or
-        settings, of another reference model, or with another number of rows, pairs or bins to a step.
+        Raises Finished for a run that is finished, and InputError for one that has trained more steps
+        already, and for a checkpoint of other inputs or settings, of another reference model, or with
+        another number of rows, pairs or bins to a step.
         """
         state, settings = TrainState(), dataclasses.asdict(self.cfg)
         found = find_checkpoint(self.output_dir, self.cfg.resume_from_checkpoint)
         run.end_if_finished(total_steps)
-        run.reopen()
         if found is not None:
             state = load_checkpoint(found, self.model, self.optimizer)
             if state.reference != reference:
@@ -161,6 +161,10 @@ class Checkpoints:
                                  f"and would now be {step_size}; adapt "
                                  "--per_device_train_batch_size or --gradient_accumulation_steps to "
                                  f"{distributed.world_size()} processes")
+            if state.step > total_steps:
+                raise InputError(f"{found}: is further than the {total_steps} steps that --max_steps "
+                                 "or --num_train_epochs ask for; ask for more, or start afresh in "
+                                 "another --output_dir")
             run.say(f"resuming {found} at step {state.step} of {total_steps}")
             self.best.fetch(state, found.parent)
             if distributed.rank() == 0:
@@ -168,6 +172,8 @@ class Checkpoints:
                     if int(path.name[11:]) > state.step:
                         set_aside(path, f"later than step {state.step}, where this run goes on",
                                   "superseded")
+        run.reopen()
+        run.cleanup = self._remove_interruptions
         state.total_steps, state.batch_size, state.reference = total_steps, step_size, reference
         state.inputs, state.config = run.inputs, settings
         return state
@@ -206,6 +212,13 @@ class Checkpoints:
         files = self.best.export(state)
         self.best.prune(None)
         return files
+
+    def _remove_interruptions(self) -> None:
+        """Remove the checkpoints that no save_steps asked for, and the best weights of them alone."""
+        for path in checkpoints(self.output_dir):
+            if not self.cfg.save_steps or int(path.name[11:]) % self.cfg.save_steps:
+                shutil.rmtree(path)
+        self.best.prune(None)
 
     def _write_files(self, directory: Path | None) -> None:
         """What a checkpoint holds besides tensors and state; rank 0 alone has a directory."""

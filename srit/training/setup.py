@@ -11,13 +11,13 @@ import torch
 from srit.config import TrainConfig
 from srit.models import Decoder, load_model
 from srit.models.lora import add_lora
+from srit.models.ops import trim_heap_between_layers
 from srit.runtime import distributed
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts
 from srit.runtime.run_dir import Run
 from srit.text.tokenizer import Tokenizer, load_tokenizer
 from srit.training import fsdp
-from srit.training.memory import trim_heap_between_layers
 
 Row = TypeVar("Row")
 
@@ -39,22 +39,23 @@ def read_rows(run: Run, reader: Callable[..., tuple[list[Row], Counts]],
 def load_student(run: Run) -> tuple[Decoder, Tokenizer, int]:
     """Model, tokenizer, and the longest row that may be trained.
 
-    Master weights are float32, activations are cfg.dtype. A model that will be sharded is loaded on
-    the CPU and goes to its GPU block by block.
+    Master weights are float32, activations are cfg.dtype; so is a base that an adapter keeps frozen. A
+    model that will be sharded is loaded on the CPU and goes to its GPU block by block.
     """
     cfg, device = run.cfg, run.device
     torch.manual_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg.model_name_or_path, today=run.date)
+    tokenizer = load_tokenizer(cfg.model_name_or_path, run.date, cfg.chat_template_kwargs)
+    compute_dtype = getattr(torch, cfg.dtype)
     model, config = load_model(
-        cfg.model_name_or_path, dtype=torch.float32, compute_dtype=getattr(torch, cfg.dtype),
-        device=torch.device("cpu") if _sharded(cfg) else device)
+        cfg.model_name_or_path, dtype=compute_dtype if cfg.use_peft else torch.float32,
+        compute_dtype=compute_dtype, device=torch.device("cpu") if _sharded(cfg) else device)
     tokenizer.check_model(config.vocab_size)
     model.gradient_checkpointing = cfg.checkpoint_policy if cfg.gradient_checkpointing else None
     if cfg.torch_compile:
         check_compiler(device)
         model.compile_layers()
     if device.type == "cpu":
-        trim_heap_between_layers(model)
+        trim_heap_between_layers(model.model.embed_tokens, model.model.layers)
     if cfg.max_length > config.max_position_embeddings:
         run.say(f"max_length {cfg.max_length} exceeds the model's context; using "
                 f"{config.max_position_embeddings}")

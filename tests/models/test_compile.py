@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from srit.config import DPOConfig
 from srit.data.batches import collate
-from srit.models import load_model
+from srit.models import Decoder, load_model
 from srit.models.lora import add_lora
 from srit.runtime.files import InputError
 from srit.train import dpo
@@ -115,9 +115,11 @@ def test_two_programs_for_all_layers_and_lengths(tiny, lora):
 
 
 @needs_compiler
-@pytest.mark.parametrize("settings", [{}, {"use_peft": True, "precompute_ref_log_probs": False}])
-def test_a_compiled_run_trains_to_the_same_weights(tiny, tmp_path, settings):
+@pytest.mark.parametrize("backend, settings", [
+    ("inductor", {}), ("aot_eager", {"use_peft": True, "precompute_ref_log_probs": False})])
+def test_a_compiled_run_trains_to_the_same_weights(tiny, tmp_path, monkeypatch, backend, settings):
     """Also when it is resumed."""
+    monkeypatch.setattr(Decoder.compile_layers, "__defaults__", (backend,))
     rows = write_rows(tmp_path / "pairs.jsonl", [pair(i, i % 7 + 1, (i * 3) % 11) for i in range(7)])
 
     def run(name, **changes):
