@@ -35,7 +35,9 @@ class CalculatorProcessor(LogitsProcessor):
             if row.waiting:
                 scores[number].fill_(-torch.inf)[row.waiting[0]] = 0
             elif row.open:
-                scores[number].masked_fill_(self.calculator.continues.to(scores.device), -torch.inf)
+                likeliest, own = int(scores[number].argmax()), self.calculator
+                mask = own.joins if own.continues[likeliest] else own.continues
+                scores[number].masked_fill_(mask.to(scores.device), -torch.inf)
         return scores
 
 

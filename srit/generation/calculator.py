@@ -2,7 +2,8 @@
 
 Whenever the text of a row ends in an expression and "=" (srit/text/arithmetic.py), the tokens of the
 result come next, whatever would have been drawn; then the model goes on. Its next token may not
-continue the number, or 12 would become 120. A row depends on its own text alone, and a forced token
+continue the number, or 12 would become 120, 12.5 or 12/5: where it would, another is drawn that ends
+the number and begins no word. A row depends on its own text alone, and a forced token
 leaves the uniform of its position unused, so the draws behind it do not shift.
 
 Legend: n rows, V vocabulary.
@@ -21,7 +22,7 @@ from srit.generation.sampler import sample
 from srit.text.arithmetic import CURRENCY, result
 
 CLOSES = re.compile(rf"= ?[{CURRENCY}]?\Z")
-CONTINUES = re.compile(r"[.,]?\d")
+CONTINUES = re.compile(r"[.,/]?\d")
 TAIL = 32  # characters that are encoded anew to see how the result joins them
 
 
@@ -30,8 +31,8 @@ class Forced:
     """What the calculator did in one row.
 
     waiting: tokens of a result that are still to come. spans: (start, end) of each result in the text.
-    steps: positions of their tokens. open: the last token belongs to a result, or is the point or comma
-    behind one, so a digit would continue it.
+    steps: positions of their tokens. open: the last token belongs to a result, or is the point, comma
+    or slash behind one, so a digit would continue it.
     """
 
     waiting: list[int] = field(default_factory=list)
@@ -44,8 +45,9 @@ class Calculator:
     """Finds completions that end in an expression and "=", and gives the tokens of its result.
 
     closes: (V,) bool, the tokens with which an expression and its "=" can end: no other step costs
-    anything. continues: (V,) bool, the tokens that would continue a number before them. letters:
-    {letter: token}. points: the tokens that are a point or a comma.
+    anything. continues: (V,) bool, the tokens that would continue a number before them. joins: (V,)
+    bool, those and the ones that begin with a letter. letters: {letter: token}. points: the tokens
+    that are a point, a comma or a slash.
     """
 
     def __init__(self, encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str],
@@ -56,8 +58,10 @@ class Calculator:
         texts = [decode([*before, i])[start:] for i in range(vocab_size)]
         self.closes = torch.tensor([bool(CLOSES.search(text)) for text in texts], device=device)
         self.continues = torch.tensor([bool(CONTINUES.match(text)) for text in texts], device=device)
+        words = torch.tensor([text[:1].isalpha() for text in texts], device=device)
+        self.joins = words | self.continues
         self.letters = {text: i for i, text in enumerate(texts) if len(text) == 1}
-        self.points = {i for i, text in enumerate(texts) if text in (".", ",")}
+        self.points = {i for i, text in enumerate(texts) if text in (".", ",", "/")}
 
     def sample(self, rows: Sequence[Forced], logits: Tensor, uniforms: Tensor, params: SamplingParams,
                seen: Tensor) -> Tensor:
@@ -65,8 +69,10 @@ class Calculator:
         tokens = sample(logits, uniforms, params, seen)
         opened = [i for i, row in enumerate(rows) if row.open and not row.waiting]
         if opened:
-            others = logits[opened].masked_fill(self.continues, -math.inf)
-            tokens[opened] = sample(others, uniforms[opened], params, seen[opened])
+            refused = self.continues[tokens[opened]].tolist()
+            if again := [i for i, refuse in zip(opened, refused, strict=True) if refuse]:
+                others = logits[again].masked_fill(self.joins, -math.inf)
+                tokens[again] = sample(others, uniforms[again], params, seen[again])
         waiting = [i for i, row in enumerate(rows) if row.waiting]
         if waiting:
             tokens[waiting] = tokens.new_tensor([rows[i].waiting[0] for i in waiting])

@@ -17,6 +17,7 @@ from srit.generation.calculator import Calculator, Forced
 from srit.generation.engine import generate
 from srit.generation.params import Request, SamplingParams, request_seed
 from srit.generation.rollouts import generate_rollouts, read_prompts
+from srit.generation.vllm import VLLM
 from srit.models import Decoder, load_model
 from srit.models.paged_cache import PagedCache
 from srit.runtime.files import InputError
@@ -122,7 +123,7 @@ def counting(world, monkeypatch):
 def bias(tokenizer) -> torch.Tensor:
     """(V, V): what is likelier behind a token: numbers, signs, "=", at times a point or the end."""
     texts = [tokenizer.decode([i]) for i in range(320)]
-    behind = {r"\d": {r"\d": 6, "[+*-]": 11, "=": 11, "[.,]": 8}, "[+*-]": {"[1-9]": 12},
+    behind = {r"\d": {r"\d": 10, "[+*-]": 11, "=": 11, "[.,]": 10}, "[+*-]": {"[1-9]": 12},
               "=": {r"\d": 12}, "[.,]": {r" \d": 11, r"\d": 11}, "": {r"[1-9]": 9}}
     table = torch.zeros(320, 320)
     for row, text in zip(table, texts, strict=True):
@@ -159,12 +160,33 @@ def test_every_result_is_forced_and_no_number_goes_on(counting, temperature):
             else:
                 assert text[at:stops[at]] == expected[:stops[at] - at] and (
                     stops[at] == len(text) or stops[at] == at + len(expected))
-                assert not re.match(r"[.,]?\d", text[stops[at]:])
+                assert not re.match(r"[.,/]?\d", text[stops[at]:])
         for equation in equations(text):
             judged = result(text[:equation.span[0] + len(equation.left)] + " =") is not None
-            assert equation.holds or not judged or equation.span[1] == len(text), text
+            cut = any(start < equation.span[1] <= stop == len(text) for start, stop in stops.items())
+            assert equation.holds or not judged or cut or equation.span[1] == len(text), text
         forced += len(stops)
     assert forced > 10
+
+
+@pytest.mark.parametrize("behind, likely, token", [
+    ("5", ["0", "c", " "], " "), ("5", ["c", "0", " "], "c"), ("5", [".", "0", " "], "."),
+    ("5.", ["0", "c", " "], " "), ("5/", ["2", "h", " "], " "), ("5/", ["h", "2", " "], "h"),
+    ("5. ", ["2", "h", " "], "2")])
+def test_where_a_number_would_go_on_it_ends_and_no_word_begins(behind, likely, token):
+    """A model that wants 155.00 must not write 155.ec; 5 cm and 5/hour are its choice."""
+    letters = "0123456789.,/ ch="
+    calculator = Calculator(lambda text: [letters.index(c) for c in text],
+                            lambda ids: "".join(letters[i] for i in ids), len(letters),
+                            torch.device("cpu"))
+    row = Forced(open=True)
+    for c in behind[1:]:
+        calculator.advance(row, letters.index(c))
+    logits = torch.zeros(1, len(letters))
+    logits[0, [letters.index(c) for c in likely]] = torch.tensor([3.0, 2.0, 1.0])
+    drawn = calculator.sample([row], logits, torch.tensor([0.5], dtype=torch.float64),
+                              SamplingParams(9, 0.0), torch.zeros(1, len(letters), dtype=torch.bool))
+    assert letters[drawn] == token
 
 
 def test_draws_do_not_shift(counting):
@@ -259,6 +281,8 @@ def test_eval_with_and_without_in_files_of_their_own(world, counting, tmp_path, 
 def test_where_there_is_no_calculator(setting):
     with pytest.raises(InputError, match="must be .* with"):
         EvalConfig("m", "o", eval_file=["q.jsonl"], calculator="both", **setting)
+    with pytest.raises(InputError, match="vLLM has no calculator"):
+        VLLM.generate(None, [], SamplingParams(calculator=True), stop_ids=[2])
 
 
 def test_it_needs_both_ways_of_the_tokenizer(counting):
