@@ -11,7 +11,7 @@ In:   pairs.jsonl (or TRL rows: prompt/chosen/rejected, strings or message lists
 Out:  a model in Hugging Face layout, metrics.jsonl, run.json, checkpoint-N/
 
     python train/dpo.py --model_name_or_path out/sft --train_file pairs.jsonl --output_dir out/dpo
-    torchrun --nproc_per_node 8 train/dpo.py --config runs/smollm2_math_cpu.yaml
+    torchrun --nproc_per_node 8 train/dpo.py --config runs/smollm2_math.yaml
 """
 
 import torch

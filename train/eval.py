@@ -12,7 +12,7 @@ Out:  results.json, generations.jsonl (one graded row per question and sample), 
       --calculator both also results_calculator.json and generations_calculator.jsonl
 
     python train/eval.py --model_name_or_path M --eval_file a.jsonl b.jsonl --output_dir out/eval
-    torchrun --nproc_per_node 8 train/eval.py --config runs/smollm2_math_cpu.yaml
+    torchrun --nproc_per_node 8 train/eval.py --config runs/smollm2_math.yaml
 """
 
 import json

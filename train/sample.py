@@ -10,7 +10,7 @@ In:   questions (demonstration files work too)
 Out:  samples.jsonl, one graded row per question, style and sample; run.json
 
     python train/sample.py --model_name_or_path out/sft --train_file q.jsonl --output_dir out/sample
-    torchrun --nproc_per_node 8 train/sample.py --config runs/smollm2_math_cpu.yaml
+    torchrun --nproc_per_node 8 train/sample.py --config runs/smollm2_math.yaml
 """
 
 from pathlib import Path

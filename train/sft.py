@@ -10,7 +10,7 @@ In:   demonstrations (or TRL rows: prompt/completion, messages)
 Out:  a model in Hugging Face layout, metrics.jsonl, run.json, checkpoint-N/
 
     python train/sft.py --model_name_or_path M --train_file demos.jsonl --output_dir out/sft
-    torchrun --nproc_per_node 8 train/sft.py --config runs/smollm2_math_cpu.yaml
+    torchrun --nproc_per_node 8 train/sft.py --config runs/smollm2_math.yaml
 """
 
 import torch
