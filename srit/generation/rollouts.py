@@ -14,20 +14,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from srit.config import GenerateConfig
+from srit.config import GenerateConfig, PromptConfig
 from srit.data.batches import shared_prefix
 from srit.data.questions import dataset_name, read_questions
 from srit.generation.engine import generate
 from srit.generation.params import Request, Result, SamplingParams, request_seed
 from srit.generation.vllm import VLLM
-from srit.grading.answers import grade
+from srit.grading.judge import load_judge
 from srit.models import Decoder, load_model
 from srit.models.load import resolve
 from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, cut_torn_line, has_rows, read_jsonl, write_jsonl
 from srit.runtime.outcome import Stopped
-from srit.text.prompts import question_messages, render
+from srit.text.prompts import DEFAULT, question_messages, render
 from srit.text.tokenizer import Tokenizer, load_tokenizer
 
 Key = tuple[str, str, str, int]  # dataset, id, prompt style, sample
@@ -49,22 +49,24 @@ class Prompt:
 
 
 def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokenizer,
-                 limit: int | None, one_id_space: bool = False) -> list[Prompt]:
+                 limit: int | None, one_id_space: bool = False,
+                 cfg: PromptConfig = DEFAULT) -> list[Prompt]:
     """The questions of all files, each in all styles. Raises InputError for a duplicate id.
 
     one_id_space: also when the two belong to different data sets. Pairs are found by id alone.
+    cfg: as of `question_messages`.
     """
-    prompts, seen = [], {}
+    prompts, seen, judge = [], {}, load_judge(cfg)
     for file in files:
         dataset = dataset_name(file)
-        for row in read_questions(file)[:limit]:
+        for row in read_questions(file, judge)[:limit]:
             key = None if one_id_space else dataset, row["id"]
             if key in seen:
                 raise InputError(f"{file}: duplicate id {row['id']!r} in data set '{dataset}', first "
                                  f"seen in {seen[key]}; make the ids different")
             seen[key] = file
             for style in styles:
-                rendered = render(tokenizer, question_messages(row, style))
+                rendered = render(tokenizer, question_messages(row, style, cfg))
                 prompts.append(Prompt(row, file, dataset, style, tuple(rendered.ids), rendered.text))
     return prompts
 
@@ -72,7 +74,7 @@ def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokeniz
 def load_for_generation(cfg: GenerateConfig, device: torch.device,
                         today: str) -> tuple[Decoder | VLLM, Tokenizer]:
     """The model in cfg.dtype with its weights packed for inference, and its tokenizer."""
-    tokenizer = load_tokenizer(cfg.model_name_or_path, today)
+    tokenizer = load_tokenizer(cfg.model_name_or_path, today, cfg.chat_template_kwargs)
     if cfg.engine == "vllm":
         if distributed.world_size() > 1:
             raise InputError("--engine vllm: run one process, without torchrun")
@@ -174,10 +176,12 @@ def make_row(prompt: Prompt, sample: int, result: Result, tokenizer: Tokenizer,
     """A row of samples.jsonl: the question, the completion up to a stop string, and its grade."""
     text = tokenizer.decode(result.ids)
     text = text[: min((at for s in cfg.stop_strings if (at := text.find(s)) >= 0), default=None)]
-    judged = grade(text, prompt.row)
+    judged = load_judge(cfg)(text, prompt.row)
     keys = ("id", "task", "question", "choices", "answer")
     row = {key: prompt.row[key] for key in keys if key in prompt.row}
     more = {} if result.logps is None else {"logps": result.logps}
+    if judged.score is not None:
+        more["score"] = judged.score
     if forced := [[start, min(end, len(text))] for start, end in result.forced if start < len(text)]:
         more["forced"] = forced
     return row | {

@@ -44,7 +44,12 @@ class VLLM:
                  on_finish: Callable[[Request, Result], None] = lambda request, result: None,
                  should_stop: Callable[[], bool] = lambda: False,
                  **fixed: object) -> dict[Hashable, Result]:
-        """As srit.generation.engine.generate; its other settings were fixed when the engine started."""
+        """As srit.generation.engine.generate; its other settings were fixed when the engine started.
+
+        Raises InputError for params with the calculator.
+        """
+        if params.calculator:
+            raise InputError("vLLM has no calculator; use srit.generation.engine.generate")
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
