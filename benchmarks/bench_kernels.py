@@ -119,6 +119,18 @@ def selective(p: Problem) -> Tensor:
     return result(p, selective_log_softmax(F.linear(p.hidden, p.weight)[None], p.targets[None])[0])
 
 
+def trl_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The head of TRL's trainers since 1.15: chunks of tokens and vocabulary, logits made twice."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
+
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, ())[0]
+
+
+def trl_chunked(p: Problem) -> Tensor:
+    return result(p, trl_logps(p.hidden, p.weight, p.targets))
+
+
 def torch_chunked(p: Problem) -> Tensor:
     # Its own chunk size is many times slower on a CPU, and its sums in bf16 are too coarse.
     rows = min(p.scored, chunk_limit(p.hidden, len(p.weight), None))
@@ -152,14 +164,26 @@ def ours_two_pass(p: Problem) -> Tensor:
     return pair_loss(p, segment_sum(linear_logp(x, p.weight, targets, path="gemm"), p.cu_targets))
 
 
+def trl_dpo(p: Problem) -> Tensor:
+    """TRL since 1.15: on a GPU prompts never reach the head, on a CPU they are masked behind it."""
+    if p.hidden.is_cuda:
+        x, targets = p.completions()
+        return pair_loss(p, trl_logps(x, p.weight, targets).view(len(p.ref), -1).sum(1))
+    return masked_loss(p, trl_logps(p.hidden.flatten(0, 1), p.weight, p.targets.flatten()))
+
+
 def trl_all_rows(p: Problem) -> Tensor:
-    """TRL's trainer without Liger: the head also runs over prompts, which are then masked."""
+    """TRL to 1.13, without Liger: logits of all rows; prompts are masked behind the head."""
     from trl.trainer.utils import selective_log_softmax
 
-    logps = selective_log_softmax(F.linear(p.hidden, p.weight), p.targets)
-    mask = torch.zeros(p.targets.numel(), device=logps.device)
+    return masked_loss(p, selective_log_softmax(F.linear(p.hidden, p.weight), p.targets).flatten())
+
+
+def masked_loss(p: Problem, logps: Tensor) -> Tensor:
+    """The loss from log-probs of all positions, flattened."""
+    mask = torch.zeros_like(logps)
     mask[p.rows] = 1
-    return pair_loss(p, (logps * mask.view_as(logps)).sum(1))
+    return pair_loss(p, (logps * mask).view(p.targets.shape).sum(1))
 
 
 def eager_completions(p: Problem) -> Tensor:
@@ -181,20 +205,23 @@ def liger_dpo(p: Problem) -> Tensor:
     return loss * (len(p.ref) // 2)
 
 
-PEERS = {"torch chunked": torch_chunked, "liger": liger, "cut-cross-entropy": cut_cross_entropy}
+PEERS = {"trl chunked": trl_chunked, "torch chunked": torch_chunked, "liger": liger,
+         "cut-cross-entropy": cut_cross_entropy}
 CONTENDERS = {  # the first is the one that the others are compared with
     "score": {"srit": ours_logp, "eager float32": eager, "selective": selective,
+              "trl chunked": trl_chunked,
               "torch.compile": compiled, "srit fused": ours_fused},
     "train": {"srit linear_nll": ours_nll, "srit linear_logp": ours_logp, "eager float32": eager,
               "selective": selective, "torch.compile": compiled, **PEERS},
     "frozen": {"srit linear_nll": ours_nll, "srit linear_logp": ours_logp, "eager float32": eager,
                "torch.compile": compiled, **PEERS},
     "dpo": {"srit linear_dpo": ours_dpo, "srit linear_logp": ours_two_pass,
-            "trl, all rows": trl_all_rows, "eager, completions": eager_completions,
-            "liger dpo": liger_dpo},
+            "trl": trl_dpo, "trl <= 1.13, all rows": trl_all_rows,
+            "eager, completions": eager_completions, "liger dpo": liger_dpo},
 }
-PACKAGES = {"selective": "trl", "trl, all rows": "trl", "liger": "liger_kernel",
-            "liger dpo": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+PACKAGES = {**dict.fromkeys(("selective", "trl", "trl chunked", "trl <= 1.13, all rows"), "trl"),
+            "liger": "liger_kernel", "liger dpo": "liger_kernel",
+            "cut-cross-entropy": "cut_cross_entropy"}
 GPU_ONLY = ("srit fused", "liger", "liger dpo", "cut-cross-entropy")
 
 Function = Callable[[Problem], Tensor]

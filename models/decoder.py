@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from srit.models.attention import AttentionMetadata, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
+from srit.models.int8 import Int8Block, check_int8
 from srit.models.onednn import PackedBlock, PackedLinear
 from srit.models.ops import glu, recompute_in_backward, rms_norm, rotate
 from srit.models.paged_cache import PagedCache
@@ -41,8 +42,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size) if gemma else torch.ones(size))
         self.eps, self.gemma = eps, gemma
 
+    def multiplier(self) -> Tensor:
+        return 1 + self.weight.float() if self.gemma else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, 1 + self.weight.float() if self.gemma else self.weight, self.eps)
+        return rms_norm(x, self.multiplier(), self.eps)
 
 
 class Attention(nn.Module):
@@ -164,19 +168,24 @@ class Decoder(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def pack_weights(self) -> None:
+    def pack_weights(self, quantization: Literal["none", "int8"] = "none") -> None:
         """Lay out the weights for fast inference on a CPU; elsewhere this does nothing.
 
         See models/onednn.py. The model can be neither trained nor saved afterwards: the layers drop
         their own weights, so that memory holds one copy. Only the head is kept twice, since it is also
         the embedding or scores options.
+        int8: the blocks' products as in models/int8.py. Raises InputError for a device that cannot.
         """
-        if self.head_weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        device, packed_block = self.head_weight.device, PackedBlock
+        if quantization == "int8":
+            check_int8(device)
+            packed_block = Int8Block
+        if device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return
         self.requires_grad_(False)
         self.packed_head = PackedLinear(self.head_weight.to(self.compute_dtype))
         for block in self.model.layers:
-            packed = PackedBlock(block, self.compute_dtype)
+            packed = packed_block(block, self.compute_dtype)
             block.project_qkv, block.output_and_mlp = packed.project_qkv, packed.output_and_mlp
             for module in block.modules():
                 if isinstance(module, Linear):

@@ -26,15 +26,19 @@ PREFIX = "base_model.model."
 
 
 class LoRALinear(Linear):
-    """A linear layer with an adapter; `weight` and `bias` keep their names in checkpoints."""
+    """A linear layer with an adapter; `weight` and `bias` keep their names in checkpoints.
+
+    A and B are float32, whatever the dtype of `weight`.
+    """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        fp32 = {"dtype": torch.float32, "device": device}
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **fp32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **fp32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale, self.dropout, self.enabled = alpha / r, nn.Dropout(dropout), True
 

@@ -32,11 +32,13 @@ class PackedLinear:
 class PackedBlock:
     """The two halves of a block around its attention, for inference."""
 
+    linear = PackedLinear
+
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         def pack(*layers: nn.Linear) -> PackedLinear:
             biased = layers[0].bias is not None
             bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype) if biased else None
-            return PackedLinear(torch.cat([layer.weight for layer in layers]).to(dtype), bias)
+            return self.linear(torch.cat([layer.weight for layer in layers]).to(dtype), bias)
 
         # Not the block itself, which refers to this object: a reference cycle would be freed late.
         self.attention, mlp = block.self_attn, block.mlp

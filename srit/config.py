@@ -40,6 +40,37 @@ def check_date(day: str | None) -> None:
     _check(ok, "date", day, "a day as YYYY-MM-DD")
 
 
+def check_template_kwargs(kwargs: dict[str, Any]) -> None:
+    """Raise InputError for a variable of chat templates that srit sets itself."""
+    for name in ("messages", "add_generation_prompt", "tools", "documents"):
+        _check(name not in kwargs, "chat_template_kwargs", kwargs, f"without {name}")
+
+
+@dataclass(kw_only=True)
+class PromptConfig:
+    """How a question becomes a prompt (srit/text/prompts.py), and who judges the answers to it."""
+
+    instruction: dict[str, str] = field(default_factory=dict)
+    """Instruction of a task, which replaces its own, such as: math "Solve the problem"."""
+    prompt_template: dict[str, str] = field(default_factory=dict)
+    """Task and its user message, with {question}, {instruction}, {choices}, {letters}, {cot_suffix}."""
+    cot_suffix: str = " Let's think step by step"
+    """What the prompt style cot adds behind "Answer:"."""
+    system_prompt: str | None = None
+    """System message in front of every question; by default none."""
+    verifier: str | None = None
+    """A judge of your own, FILE.py:FUNCTION, in place of the tasks' judges (docs/judges.md)."""
+    allow_code_execution: bool = False
+    """Run the programs that completions of task code hold, in a sandbox without network."""
+
+
+def check_prompts(s: PromptConfig) -> None:
+    """Raise InputError for a prompt template without a question."""
+    for task, template in s.prompt_template.items():
+        _check("{question}" in template, f"prompt_template {task}", repr(template),
+               "a text with {question}")
+
+
 @dataclass
 class TrainConfig:
     """Settings that SFT and DPO share."""
@@ -55,11 +86,13 @@ class TrainConfig:
     seed: int = 0
     """Seed of data order and of new weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype. Master weights, gradients and optimizer are always float32."""
+    """Compute dtype, and of a base that an adapter keeps frozen. All that is trained is float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
     date: str | None = None
     """The day that chat templates show, as YYYY-MM-DD; by default the one on which the run began."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables for the chat template, such as: enable_thinking False"""
     max_length: int = 1024
     """Longest row in tokens; a longer one is dropped and counted, never cut."""
     num_train_epochs: float = 1.0
@@ -135,11 +168,16 @@ class TrainConfig:
     lora_dropout: float = 0.0
     """Dropout before the adapter (SFT only)."""
     lora_target_modules: list[str] = field(default_factory=list)
-    """Module names that get an adapter; empty: every projection of attention and MLP."""
+    """Modules that get an adapter, by default (all-linear) all projections of attention and MLP."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
         check_date(self.date)
+        check_template_kwargs(self.chat_template_kwargs)
+        targets = [name for names in self.lora_target_modules for name in names.split(",") if name]
+        _check("all-linear" not in targets or len(targets) == 1, "lora_target_modules", targets,
+               "all-linear alone, or names")
+        self.lora_target_modules = [] if targets == ["all-linear"] else targets
         for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
                      "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -162,7 +200,7 @@ class TrainConfig:
 
 
 @dataclass
-class SFTConfig(TrainConfig):
+class SFTConfig(TrainConfig, PromptConfig):
     """Phase 1, instruct: cross-entropy on the teacher's demonstrations."""
 
     num_train_epochs: float = 4.0
@@ -180,6 +218,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_prompts(self)
         _check(not (self.packing and self.max_tokens_per_batch), "packing", True,
                "False with --max_tokens_per_batch, which packs as well")
 
@@ -230,7 +269,7 @@ def check_sampling(s: Any) -> None:
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(PromptConfig):
     """Settings shared by sampling and evaluation."""
 
     model_name_or_path: str
@@ -245,6 +284,8 @@ class GenerateConfig:
     """auto, cpu or cuda."""
     date: str | None = None
     """The day that chat templates show, as YYYY-MM-DD; by default the one on which the run began."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables for the chat template, such as: enable_thinking False"""
     engine: Literal["srit", "vllm"] = "srit"
     """srit: our own engine. vllm: vLLM (extra: vllm), in one process, not reproducible bit for bit."""
     num_samples: int = 1
@@ -281,6 +322,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_date(self.date)
+        check_template_kwargs(self.chat_template_kwargs)
         for name in ("num_samples", "per_device_batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_cache_memory", "max_time"):
@@ -289,6 +331,7 @@ class GenerateConfig:
         _check(self.engine == "srit" or not self.calculator, "engine", self.engine,
                f"srit with --calculator {self.calculator}")
         check_sampling(self)
+        check_prompts(self)
 
 
 @dataclass
@@ -329,12 +372,14 @@ class EvalConfig(GenerateConfig):
         _check(bool(self.eval_file), "eval_file", self.eval_file, "at least one file")
         _check(self.engine == "srit" or self.scoring == "generate", "engine", self.engine,
                "srit with --scoring options")
+        _check(self.verifier is None or self.scoring == "generate", "verifier", self.verifier,
+               "left out with --scoring options, which judges no text")
         _check(not self.calculator or self.scoring == "generate", "calculator", self.calculator,
                "False with --scoring options")
 
 
 @dataclass
-class PairConfig:
+class PairConfig(PromptConfig):
     """Preference pairs from graded samples."""
 
     samples_file: list[str]
@@ -343,8 +388,11 @@ class PairConfig:
     """Where pairs.jsonl and run.json go."""
     demos_file: list[str] = field(default_factory=list)
     """Teacher demonstrations, which stand in where the student has no right answer."""
-    policy: Literal["paper", "correctness", "mixed"] = "paper"
-    """paper: CoT over direct. correctness: right over wrong CoT. mixed: right CoT over any wrong."""
+    policy: Literal["paper", "correctness", "mixed", "scored"] = "paper"
+    """paper: CoT over direct. correctness: right over wrong CoT. mixed: right CoT over any wrong.
+    scored: CoT over CoT that a verifier scores lower by min_margin."""
+    min_margin: float = 0.0
+    """How much more the chosen answer scores than the rejected one, at least (right: 1, wrong: 0)."""
     pair_prompt: PromptStyle = "cot"
     """Prompt style of the pair's prompt."""
     selection: Literal["uniform", "closest_length"] = "uniform"
@@ -358,6 +406,10 @@ class PairConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_prompts(self)
+        _check(0 <= self.min_margin <= 1, "min_margin", self.min_margin, "from 0 to 1")
+        _check(self.policy != "scored" or self.min_margin > 0, "min_margin", self.min_margin,
+               "above 0 with --policy scored")
         _check(self.max_pairs_per_question >= 1, "max_pairs_per_question",
                self.max_pairs_per_question, "at least 1")
         _check(bool(self.samples_file), "samples_file", self.samples_file, "at least one file")

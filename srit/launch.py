@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import tyro
 from safetensors import SafetensorError
 
+from srit.help import print_help
 from srit.recipe import check_keys, keys_of, read_yaml, stage_values
 from srit.runtime import shutdown
 from srit.runtime.files import InputError
@@ -31,13 +32,22 @@ from srit.runtime.outcome import (
 # Parts of gloo's and NCCL's messages when a peer is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out",
         "timed out", "NCCL error", "Socket closed")
+MAPPINGS = ("instruction", "prompt_template", "chat_template_kwargs")  # flags: key value key value ...
 Config = TypeVar("Config")
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:
-    """Settings as command-line words; None is left out, so that the default applies."""
+    """Settings as command-line words; None is left out, so that the default applies.
+
+    Raises InputError for a setting of names and values that is none.
+    """
     words = []
     for key, value in values.items():
+        if key in MAPPINGS and not isinstance(value, list | None):
+            if not isinstance(value, dict) or not all(
+                    isinstance(item, str | int | float) for item in value.values()):
+                raise InputError(f"{key}: expected a mapping of names to plain values, got {value!r}")
+            value = [word for pair in value.items() for word in pair]
         if value is not None:
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return words
@@ -49,6 +59,8 @@ def _split(words: list[str]) -> dict[str, list[str]]:
     for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
+            if key in flags:
+                raise InputError(f"command line: --{key} stands twice; give it all its values at once")
             flags[key] = [value] if equals else []
         elif flags:
             flags[key].append(word)
@@ -63,23 +75,37 @@ def parse(cls: type[Config], stage: str, argv: list[str] | None = None) -> Confi
     Raises InputError for an unknown key and names the nearest known one.
     """
     words, known, settings = sys.argv[1:] if argv is None else argv, keys_of(cls), {}
-    if not {"-h", "--help"} & set(words):
-        flags = _split(words)
-        if "config" in flags and "config" not in known:  # `srit run` reads its recipe itself
-            if len(flags["config"]) != 1:
-                raise InputError("--config: name a YAML file")
-            (path,) = flags.pop("config")
-            settings = read_yaml(path)
-            if "data" in settings or stage in settings:
-                settings = stage_values(path, stage)
-            check_keys(settings, known, path)
-        check_keys(flags, known, "command line")
-        for field in dataclasses.fields(cls):
-            if field.type is bool and flags.get(field.name) == []:
-                flags[field.name] = ["True"]
-        words = to_flags(settings | flags)
-    return tyro.cli(cls, args=words, prog=f"srit {stage}", use_underscores=True,
-                    config=(tyro.conf.FlagConversionOff,))
+    if {"-h", "--help"} & set(words):
+        print_help(cls, f"srit {stage}")
+    named = "file" not in known or not words or words[0].startswith("--")
+    flags = _split(words if named else ["--file", *words])  # srit show FILE
+    if "config" in flags and "config" not in known:  # `srit run` reads its recipe itself
+        if len(flags["config"]) != 1:
+            raise InputError("--config: name a YAML file")
+        (path,) = flags.pop("config")
+        settings = read_yaml(path)
+        if "data" in settings or stage in settings:
+            values = stage_values(path, "sft" if stage == "show" else stage)
+            settings = {key: value for key, value in values.items() if key in known}
+        check_keys(settings, known, path)
+    check_keys(flags, known, "command line")
+    for field in dataclasses.fields(cls):
+        if field.type is bool and flags.get(field.name) == []:
+            flags[field.name] = ["True"]
+    settings |= flags
+    words = to_flags(settings)
+    cfg = tyro.cli(cls, args=words, prog=f"srit {stage}", use_underscores=True,
+                   config=(tyro.conf.FlagConversionOff,))
+    for name in settings:
+        if name.startswith("lora_") and not cfg.use_peft:
+            raise InputError(f"--{name}: add --use_peft True, or there is no adapter")
+    for name, value in vars(cfg).items():
+        if name == "output_dir" and value == "":
+            raise InputError("--output_dir: is empty; name a directory")
+        if isinstance(value, str) and value.partition("/")[0] == "~":
+            raise InputError(f"--{name} {value}: only a shell knows ~, and not behind = or in a file; "
+                             "write the whole path")
+    return cfg
 
 
 def run(cls: type[Config], stage: str, main: Callable[[Config], None],

@@ -1,8 +1,7 @@
 """A recipe: one YAML file for the whole method, expanded into stages and the files between them.
 
-Top level: settings that all stages share (model_name_or_path, output_dir, seed, dtype, device, date),
-`data` (demos, questions, eval, in_domain), `rounds`, and one section per kind of stage (sft, sample,
-pair, dpo, eval) with keys of that stage's config.
+Top level: settings that stages share (SHARED), `data` (demos, questions, eval, in_domain), `rounds`,
+and one section per kind of stage (sft, sample, pair, dpo, eval) with keys of that stage's config.
 """
 
 import dataclasses
@@ -18,12 +17,15 @@ import yaml
 
 from srit.config import DPOConfig, EvalConfig, PairConfig, SampleConfig, SFTConfig
 from srit.runtime.files import InputError
-from srit.runtime.limits import check
+from srit.runtime.limits import YAML_VALUES, check
 
 KINDS = {"sft": SFTConfig, "sample": SampleConfig, "pair": PairConfig, "dpo": DPOConfig,
          "eval": EvalConfig}
-SHARED = ("model_name_or_path", "output_dir", "seed", "dtype", "device", "date")
+SHARED = ("model_name_or_path", "output_dir", "seed", "dtype", "device", "date", "instruction",
+          "prompt_template", "cot_suffix", "system_prompt", "chat_template_kwargs",
+          "verifier", "allow_code_execution")
 DATA = ("demos", "questions", "eval", "in_domain")
+DOCS = "docs/recipes.md"
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -46,25 +48,56 @@ def read_yaml(path: str | Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise InputError(f"{place}: not YAML ({getattr(error, 'problem', error)})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
+    except (ValueError, RecursionError) as error:  # February 30, an endless number; nested too deep
+        raise InputError(f"{path}: not YAML ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of keys to values")
+    _check_values(values, path)
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which however takes the last of two equal keys."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key.value}' stands twice",
+                                           problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def _check_values(values: dict, path: Path) -> None:
+    """Raise InputError for a null character, which no file name may have, and for aliases of aliases
+    that stand for more values than memory holds."""
+    stack, count = [values], 0
+    while stack:
+        value, count = stack.pop(), count + 1
+        if count > YAML_VALUES:
+            raise InputError(f"{path}: more than {YAML_VALUES:,} values")
+        if isinstance(value, dict | list):
+            stack += [*value, *value.values()] if isinstance(value, dict) else value
+        elif isinstance(value, str) and "\0" in value:
+            raise InputError(f"{path}: {value!r:.80} holds a null character")
+
+
 def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise InputError for an unknown key and name the nearest known one."""
+    """Raise InputError for an unknown key; it names the nearest known one, if one is near."""
     known = list(known)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-            raise InputError(f"{where}: unknown key '{key}'; did you mean '{near}'?")
+            near = difflib.get_close_matches(str(key), known, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"{DOCS} lists all"
+            raise InputError(f"{where}: unknown key '{key}'; {advice}")
 
 
 def keys_of(cls: type) -> list[str]:
@@ -81,7 +114,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         if key not in recipe:
             raise InputError(f"{path}: no key '{key}'")
     for key in ("model_name_or_path", "output_dir"):
-        check(isinstance(recipe[key], str), str(path), key, recipe[key], "a string")
+        check(isinstance(recipe[key], str) and recipe[key] != "", str(path), key, recipe[key],
+              "a string, and not empty")
     if not isinstance(recipe["data"], dict):
         raise InputError(f"{path}: data: expected a mapping with {', '.join(DATA)}")
     check_keys(recipe["data"], DATA, f"{path}: data")
@@ -97,6 +131,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         if not isinstance(section, dict):
             raise InputError(f"{path}: {kind}: expected a mapping")
         check_keys(section, keys_of(cls), f"{path}: {kind}")
+        for key in ("model_name_or_path", "output_dir"):
+            if key in section:
+                raise InputError(f"{path}: {kind}: {key} may only stand at the top: each stage is "
+                                 "given the model and the directory that the recipe makes for it")
         recipe[kind] = section
     rounds = recipe.setdefault("rounds", 1)
     if not isinstance(rounds, int) or rounds < 1:

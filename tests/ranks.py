@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from srit import launch
 from srit.config import DPOConfig, SFTConfig
+from srit.models import Decoder
 from srit.train import dpo, sft
 
 STAGES = {"sft": (SFTConfig, sft.main), "dpo": (DPOConfig, dpo.main)}
@@ -16,11 +18,13 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["srit.train.sft", "srit.train.dpo"])
 
 
-def run_ranks(stage: str, argv: list[str], ranks: int, folder: str) -> None:
-    """Run the stage to its end; the output of each rank goes to folder/rank-N."""
+def run_ranks(stage: str, argv: list[str], ranks: int, folder: str,
+              prepare: Callable[[], None] | None = None) -> None:
+    """Run the stage to its end; each rank calls `prepare` first and writes to folder/rank-N."""
     # As under torchrun the parent has the store; port 0 takes a free port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    started = [SERVER.Process(target=_rank, args=(stage, argv, rank, ranks, store.port, folder))
+    started = [SERVER.Process(target=_rank, args=(stage, argv, rank, ranks, store.port, folder,
+                                                  prepare))
                for rank in range(ranks)]
     for process in started:
         process.start()
@@ -33,7 +37,13 @@ def run_ranks(stage: str, argv: list[str], ranks: int, folder: str) -> None:
     assert not any(process.exitcode for process in started), said
 
 
-def _rank(stage: str, argv: list[str], rank: int, ranks: int, port: int, folder: str) -> None:
+def generate_no_code() -> None:
+    """Compiled layers are traced and differentiated by AOTAutograd, and run eagerly."""
+    Decoder.compile_layers.__defaults__ = ("aot_eager",)
+
+
+def _rank(stage: str, argv: list[str], rank: int, ranks: int, port: int, folder: str,
+          prepare: Callable[[], None] | None) -> None:
     os.chdir("/")
     if ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
@@ -42,5 +52,7 @@ def _rank(stage: str, argv: list[str], rank: int, ranks: int, port: int, folder:
     output = os.open(Path(folder) / f"rank-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if prepare:
+        prepare()
     config, main = STAGES[stage]
     launch.run(config, stage, main, argv)

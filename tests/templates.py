@@ -73,6 +73,39 @@ MISTRAL = (
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}")
 
 
+# In the style of Qwen3's: a thought stays in the answer to the last question only.
+QWEN3 = """\
+{%- set last = namespace(question=0) %}
+{%- for message in messages if message.role == 'user' %}
+    {%- set last.question = messages.index(message) %}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- set thought = '' %}
+        {%- set answer = message.content %}
+        {%- if '</think>' in answer %}
+            {%- set thought = answer.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set answer = answer.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > last.question %}
+            {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- answer }}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
 class Family(NamedTuple):
     template: str | None
     eos: str

@@ -11,15 +11,14 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from srit import config
 from srit.commands.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 MARKS = "<!-- drawn by tests/test_architecture.py -->\n```text\n", "```\n<!-- end -->"
 # From below. A package imports from the layers below its own, or from its own layer.
-LAYERS = (("runtime",), ("kernels",), ("config", "recipe", "launch", "models"), ("text",), ("grading",),
-          ("data",), ("losses",), ("generation", "training"), ("commands", "train"))
+LAYERS = (("runtime",), ("kernels",), ("config", "recipe", "help", "launch", "models"), ("text",),
+          ("grading",), ("data",), ("losses",), ("generation", "training"), ("commands", "train"))
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 FILES = [path for folder in ("kernels", "models", "srit", "train")
          for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -164,7 +163,7 @@ def settings_read() -> dict[str, set[str]]:
 def test_every_setting_is_read():
     """A flag that nothing reads would be a promise not kept."""
     classes = [cls for _, cls, _ in COMMANDS.values()]
-    by_name = {cls.__name__: cls for cls in [*classes, config.TrainConfig, config.GenerateConfig]}
+    by_name = {base.__name__: base for cls in classes for base in cls.__mro__}
     read = settings_read()
     assert len(classes) == len(COMMANDS) and set(read) - {"Any", ""} <= by_name.keys()
     unread = []

@@ -190,6 +190,8 @@ def test_time_is_up_again_and_again(tiny, rows, tmp_path, straight, stage):
                 assert "the same command goes on from there" in str(reason)
     assert attempt >= (5 if stage != "sample" else 1)
     assert outcome(tmp_path) == straight(stage)
+    # The checkpoint of step 5 was one of an interruption.
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"] * (stage != "sample")
 
 
 def wait_for(condition, seconds=60.0):
@@ -197,6 +199,18 @@ def wait_for(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+def test_checkpoints_of_interruptions_go_with_their_best_weights_when_a_run_is_finished(
+        tiny, rows, tmp_path):
+    """But not before run.json says so: a kill would lose the run."""
+    more = {"save_steps": 0, "eval_steps": 1, "eval_file": [str(rows / "sft.jsonl")]}
+    with shutdown.listening(max_time=1e-9), pytest.raises(Stopped):
+        start("sft", tiny, rows, tmp_path, **more)
+    assert {path.name for path in tmp_path.glob("*-1")} == {"checkpoint-1", "best-1"}
+    start("sft", tiny, rows, tmp_path, **more)
+    assert json.loads((tmp_path / "run.json").read_text())["finished"]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

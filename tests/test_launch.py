@@ -31,6 +31,9 @@ def test_flags_take_an_equals_sign_lists_and_bare_booleans():
 @pytest.mark.parametrize("flags, message", [
     (["sft.yaml"], "expected a flag such as --output_dir, got 'sft.yaml'"),
     ([*BASE, "--config"], "--config: name a YAML file"),
+    ([*BASE, "--train_file", "b.jsonl"], "--train_file stands twice; give it all its values at once"),
+    ([*BASE[:-1], "~/o"], "--output_dir ~/o: only a shell knows ~"),
+    ([*BASE[:-1], ""], "--output_dir: is empty"),
     ([*BASE, "--config", "no.yaml"], "no.yaml: no such file"),
 ])
 def test_words_that_are_no_flags_are_errors(flags, message):
@@ -50,6 +53,8 @@ def test_flags_override_yaml(tmp_path):
 def test_an_unknown_key_names_the_nearest_one(tmp_path):
     with pytest.raises(InputError, match="'lerning_rate'; did you mean 'learning_rate'"):
         parse(SFTConfig, "sft", [*BASE, "--lerning_rate", "1"])
+    with pytest.raises(InputError, match="unknown key 'load_in_4bit'; docs/recipes.md lists all$"):
+        parse(SFTConfig, "sft", [*BASE, "--load_in_4bit", "True"])
     path = tmp_path / "c.yaml"
     path.write_text("betta: 0.1\n")
     with pytest.raises(InputError, match=r"c\.yaml: unknown key 'betta'; did you mean 'beta'"):
@@ -110,6 +115,24 @@ def test_every_end_is_one_line_and_a_status(capsys, ends, status, said):
         assert stopped.value.code == status
     out, err = capsys.readouterr()
     assert (out + err).startswith(said) and (out + err).count("\n") == bool(said)
+
+
+@pytest.mark.parametrize("words", [["--lora_r", "16"], ["--lora_alpha", "8", "--use_peft", "False"]])
+def test_settings_of_an_adapter_that_nobody_asked_for_are_refused(words):
+    """Also their defaults: who names them wants an adapter."""
+    with pytest.raises(InputError, match=f"^{words[0]}: add --use_peft True"):
+        parse(SFTConfig, "sft", [*BASE, *words])
+    assert parse(SFTConfig, "sft", [*BASE, "--lora_r", "4", "--use_peft"]).lora_r == 4
+
+
+@pytest.mark.parametrize("given, names", [
+    (["q_proj,v_proj"], ["q_proj", "v_proj"]), (["q_proj,", "v_proj"], ["q_proj", "v_proj"]),
+    (["all-linear"], []), (["q_proj"], ["q_proj"])])
+def test_target_modules_as_peft_and_trl_take_them(given, names):
+    cfg = parse(SFTConfig, "sft", [*BASE, "--use_peft", "--lora_target_modules", *given])
+    assert cfg.lora_target_modules == names
+    with pytest.raises(InputError, match="--lora_target_modules .*: must be all-linear alone"):
+        parse(SFTConfig, "sft", [*BASE, "--use_peft", "--lora_target_modules", "all-linear", "q_proj"])
 
 
 def test_other_errors_keep_their_traceback():

@@ -13,7 +13,7 @@ import pytest
 from tiny import demo, pair, question, tiny_checkpoint, write_rows
 
 from srit.config import DPOConfig, EvalConfig, SampleConfig, SFTConfig
-from srit.grading.answers import grade
+from srit.grading.judge import grade
 from srit.models import load_model
 from srit.models.load import resolve
 from srit.runtime.files import InputError

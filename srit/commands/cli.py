@@ -15,6 +15,7 @@ COMMANDS = {
     "demos": ("ask a teacher model for demonstrations", commands.DemosConfig, "srit.commands.demos"),
     "data": ("convert a published data set to question rows", commands.DataConfig,
              "srit.commands.data"),
+    "show": ("rows as the model sees them, token by token", commands.ShowConfig, "srit.commands.show"),
     "sft": ("phase 1: instruct (SFT)", config.SFTConfig, "srit.train.sft"),
     "sample": ("phase 2: the student answers the questions", config.SampleConfig, "srit.train.sample"),
     "pair": ("phase 2: preference pairs from graded answers", config.PairConfig, "srit.train.pair"),

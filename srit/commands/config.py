@@ -3,14 +3,23 @@
 Apart from what they steer, because that imports torch: help and errors in flags need not wait for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from srit.config import check_numbers
+from srit.config import (
+    PromptConfig,
+    PromptStyle,
+    check_date,
+    check_numbers,
+    check_prompts,
+    check_template_kwargs,
+)
 from srit.runtime.files import InputError
 
-DEMO_RECIPE = Path(__file__).resolve().parents[2] / "runs" / "demo.yaml"
+PACKAGE = Path(__file__).resolve().parents[1]
+# The recipes lie in an installed package, or beside it in the source tree.
+DEMO_RECIPE = (PACKAGE if (PACKAGE / "runs").is_dir() else PACKAGE.parent) / "runs" / "demo.yaml"
 
 
 @dataclass
@@ -50,9 +59,13 @@ class DemoConfig:
     recipe: str = str(DEMO_RECIPE)
     """Recipe of the method; in it, ${SRIT_DEMO_DIR} is the folder of the seed."""
 
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise InputError("--seeds: name at least one")
+
 
 @dataclass
-class DemosConfig:
+class DemosConfig(PromptConfig):
     """Phase 0: get chain-of-thought demonstrations from a teacher model behind a server."""
 
     train_file: list[str]
@@ -83,6 +96,7 @@ class DemosConfig:
     """Delete output_dir and start over; otherwise an unfinished run is resumed."""
 
     def __post_init__(self) -> None:
+        check_prompts(self)
         for name, least in (("max_new_tokens", 1), ("concurrency", 1), ("temperature", 0),
                             ("max_retries", 0), ("max_time", 0)):
             if not getattr(self, name) >= least:
@@ -95,13 +109,15 @@ class DemosConfig:
 class DataConfig:
     """Convert a published data set to question rows, or generate synthetic ones."""
 
-    name: Literal["gsm8k", "svamp", "multiarith", "addsub", "singleeq", "singleop", "aqua", "csqa",
-                  "obqa", "arc", "piqa", "siqa", "mmlu", "synthetic"]
+    name: Literal["gsm8k", "svamp", "asdiv", "math", "multiarith", "addsub", "singleeq", "singleop",
+                  "aqua", "csqa", "obqa", "arc", "piqa", "siqa", "mmlu", "synthetic", "reasoning_gym"]
     """Data set; it determines the format of the input."""
     output: str
     """Questions file to write (JSON Lines)."""
     input: str | None = None
-    """Published file, or hub:OWNER/NAME:FILE for a file of a data set on the Hugging Face hub."""
+    """Published file, or another source of docs/data.md. By default the Hub, at a pinned commit."""
+    split: str = "train"
+    """Split on the Hub, without input."""
     labels: str | None = None
     """Labels file, one label per line, for data sets that publish answers separately (piqa, siqa)."""
     limit: int | None = None
@@ -109,11 +125,53 @@ class DataConfig:
     rationales: Literal["none", "plain", "marked"] = "none"
     """gsm8k: demonstrations, its human rationales without or with their <<48/2=24>> marks."""
     seed: int = 0
-    """synthetic: seed."""
+    """synthetic, reasoning_gym: seed."""
     num_rows: int = 1000
-    """synthetic: number of questions."""
+    """synthetic, reasoning_gym: number of questions."""
+    tasks: list[str] = field(default_factory=list)
+    """reasoning_gym: tasks, such as leg_counting lcm; by default all that have one right answer."""
     domain: Literal["in", "out"] = "in"
     """synthetic: problems of the demo's training world, or of its out-of-domain test."""
+
+
+@dataclass
+class ShowConfig(PromptConfig):
+    """Show rows as the model sees them, token by token: prompt, trained, forced, turn end, dropped.
+
+    srit show FILE --model_name_or_path M. With --config RECIPE the settings are those of its sft.
+    """
+
+    file: list[str]
+    """Demonstrations, other rows to train on, pairs or questions (JSON Lines)."""
+    model_name_or_path: str
+    """Directory in Hugging Face layout, hub id, or .gguf file; only its tokenizer is read."""
+    limit: int = 3
+    """Rows of every file that are shown; 0: all."""
+    output: str | None = None
+    """HTML page to write instead."""
+    max_length: int = 1024
+    """As of training: a longer row is dropped."""
+    prompt_style: list[PromptStyle] = field(default_factory=lambda: ["cot"])
+    """Prompt styles of questions and demonstrations."""
+    filter_demos: bool = True
+    """Drop demonstrations whose final answer is not the ground truth."""
+    drop_false_equations: bool = False
+    """Drop rows with an equation that is false."""
+    parse_special_tokens: bool = True
+    """Special tokens written in rows of plain text count as such."""
+    date: str | None = None
+    """The day that chat templates show, as YYYY-MM-DD; by default today."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables for the chat template, such as: enable_thinking False"""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_prompts(self)
+        check_date(self.date)
+        check_template_kwargs(self.chat_template_kwargs)
+        for name, value, least in (("limit", self.limit, 0), ("max_length", self.max_length, 1)):
+            if value < least:
+                raise InputError(f"--{name} {value}: must be {least} or more")
 
 
 @dataclass

@@ -5,6 +5,8 @@
 2. The base model: a small llama and its tokenizer, trained here on one-step problems, explained in
    plain text and answered without explanation in a chat. It knows the words, sums and one-step stories.
 3. runs/demo.yaml as `srit run` runs it: evaluate, instruct, evaluate, sample, pair, refine, evaluate.
+   A calculator does the sums of its answers. What is left to learn is to write steps at all, and to put
+   the right numbers and signs into them.
 """
 
 import csv
@@ -21,7 +23,7 @@ from srit.commands import run
 from srit.commands.config import DemoConfig
 from srit.commands.demo_data import PROBLEMS, generate, problem
 from srit.commands.progress import read_progress
-from srit.commands.report import label, read_results
+from srit.commands.report import label, read_ways
 from srit.models import Decoder, ModelConfig, save_model
 from srit.recipe import Stage
 from srit.runtime.files import InputError, atomic_write
@@ -129,28 +131,31 @@ def run_seed(cfg: DemoConfig, seed: int) -> Path:
 
 def main(cfg: DemoConfig) -> None:
     if not Path(cfg.recipe).is_file():
-        raise InputError(f"--recipe {cfg.recipe}: no such file; the source tree has it in runs/")
+        raise InputError(f"--recipe {cfg.recipe}: no such file")
     roots = {seed: run_seed(cfg, seed) for seed in cfg.seeds}
     print(seeds_table(roots, Path(cfg.output_dir) / "seeds.csv"))
 
 
 def seeds_table(roots: dict[int, Path], file: Path) -> str:
     """Accuracy by seed as aligned text; written to the CSV `file` with commit and machine."""
-    rows, lines = [], []
+    rows, tables = [], {}
     for seed, root in roots.items():
-        results = read_results(read_progress(root))
-        lines.append([f"seed {seed}"])
-        for domain in ("in_domain", "out_of_domain"):
-            for stage, result in results.items():
-                origin, found = read_run(root / stage), result[domain]
-                lines[-1].append(f"{found['accuracy']:.1%}")
-                rows.append({"seed": seed, "model": label(stage).lower(), "test": domain,
-                             "n": found["n"], "accuracy": found["accuracy"],
-                             "commit": origin["commit"], "torch": origin["versions"]["torch"],
-                             "machine": origin["machine"]})
+        for way in read_ways(read_progress(root)):
+            header, line = [f"accuracy{way.mark}"], [f"seed {seed}"]
+            for domain, end in (("in_domain", "in"), ("out_of_domain", "out")):
+                for stage, result in way.results.items():
+                    origin, found, name = read_run(root / stage), result[domain], label(stage).lower()
+                    if found is None:  # a recipe that names no such data set
+                        continue
+                    header.append(f"{name}, {end}")
+                    line.append(f"{found['accuracy']:.1%}")
+                    rows.append({"seed": seed, "model": name, "calculator": result["calculator"],
+                                 "test": domain, "n": found["n"], "accuracy": found["accuracy"],
+                                 "commit": origin["commit"], "torch": origin["versions"]["torch"],
+                                 "machine": origin["machine"]})
+            tables.setdefault(tuple(header), []).append(line)
     with atomic_write(file) as handle:
-        writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(handle, rows[0] if rows else (), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    names = [label(stage).lower() for stage in results]
-    return table(["", *(f"{name}, {end}" for end in ("in", "out") for name in names)], lines)
+    return "\n\n".join(table(header, lines) for header, lines in tables.items())

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from srit.commands.config import DemosConfig
 from srit.data.inputs import stage_inputs
 from srit.data.questions import read_questions
-from srit.grading.answers import grade
+from srit.grading.judge import load_judge
 from srit.runtime import shutdown
 from srit.runtime.files import InputError, sha256
 from srit.runtime.jsonl import (
@@ -102,7 +102,7 @@ async def ask(client: Any, cfg: DemosConfig, row: dict) -> Answer:
 
     Raises InputError for a reply without an answer, and what the client raises.
     """
-    body = {"model": cfg.model, "messages": question_messages(row, "cot"),
+    body = {"model": cfg.model, "messages": question_messages(row, "cot", cfg),
             "temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
     for attempt in itertools.count():
         try:
@@ -189,7 +189,7 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
     run = Run("demos", dataclasses.replace(cfg, base_url=recorded), stage_inputs)
     questions: dict[str, dict] = {}
     for file in cfg.train_file:
-        for row in read_questions(file)[: cfg.limit]:
+        for row in read_questions(file, load_judge(cfg))[: cfg.limit]:
             if row["id"] in questions:
                 raise InputError(f"{file}: duplicate id {row['id']!r}, also in another file")
             questions[row["id"]] = row
@@ -224,7 +224,7 @@ def main(cfg: DemosConfig, client: Any = None) -> None:
     if not demos:
         raise InputError(f"no usable answer: {counts}")
     write_jsonl(demos_path, demos)
-    right = sum(grade(row["completion"], row).correct for row in demos)
+    right = sum(load_judge(cfg)(row["completion"], row).correct for row in demos)
     print(counts, f"right answers: {right:,} of {len(demos):,}", sep="\n")
     run.counts.append(counts)
     run.finish(["demos.jsonl"], right=right)

@@ -4,12 +4,14 @@ Bytes on each GPU, for P parameters, N tokens per forward, L layers, D hidden si
 H query and K key/value heads of size hd, V vocabulary, s bytes per element of the compute dtype, and R
 ranks:
 
-  weights    4 P. Gradients 4 P, AdamW's moments 8 P. FSDP divides all three by R.
+  weights    4 P; of a base that an adapter keeps frozen s P. Gradients 4 and AdamW's moments 8 for each
+             trained parameter. FSDP divides all three by R.
   saved      activations for the backward: s L N (2D + 2F + 2(H + K) hd), and in DPO s L N 2K hd for the
              concatenated keys and values of the branches. With checkpointing s L N D and one block's
              activations; with checkpointing of MLPs s L N (2D + 2(H + K) hd) and one MLP's 2 s N F.
   cast       bf16 copies of the blocks' weights, saved by autograd. With checkpointing one block's; with
-             checkpointing of MLPs all but the MLPs'. With FSDP none: it gathers in bf16.
+             checkpointing of MLPs all but the MLPs'. With FSDP none: it gathers in bf16. With an
+             adapter none: its base is in bf16.
   head       its float32 gradient, 4 V D, which the forward computes, and one chunk of logits.
   gathered   by FSDP: embedding and head twice (gather buffer and copy), two blocks, and one block's
              gradients.
@@ -50,7 +52,7 @@ SHAPES = {
 
 
 LABELS = {
-    "weights": "weights, float32", "moments": "AdamW's moments", "gradients": "gradients",
+    "weights": "weights", "moments": "AdamW's moments", "gradients": "gradients",
     "saved": "activations saved for the backward", "cast": "weights cast to bfloat16",
     "head": "head: gradient and a chunk of logits", "gathered": "gathered by FSDP",
     "waste": "temporary tensors and fragmentation", "context": "libraries",
@@ -94,12 +96,14 @@ def plan(config: ModelConfig, cfg: PlanConfig) -> dict[str, float]:
     per_token = {None: L * layer, "block": L * s * D + layer, "mlp": L * (layer - mlp) + mlp}
     saved = N * per_token[recomputed]
     cast = 0.0
-    if s == 2 and not sharded:
+    if s == 2 and not sharded and not cfg.use_peft:
         mlps = 3 * D * config.intermediate_size
         cast = 2 * {None: blocks, "block": block, "mlp": blocks - (L - 1) * mlps}[recomputed]
     head_gradient = 0 if cfg.use_peft else 4 * V * D
     chunk = min(CHUNK_BYTES[cfg.device], N * V * s)
-    weights, moments, gradients = 4 * P / R, 8 * trained / R, 4 * trained / R
+    base = s if cfg.use_peft else 4
+    weights = (base * (P - trained) + 4 * trained) / R
+    moments, gradients = 8 * trained / R, 4 * trained / R
     gathered = 0.0
     if sharded:
         gathered = s * (2 * outside + 2 * block) + (0 if cfg.use_peft else s * block)
@@ -134,8 +138,10 @@ def main(cfg: PlanConfig) -> None:
     print(table(["on each GPU", "GiB"], [[LABELS[name], f"{size / GIB:.2f}"]
                                          for name, size in memory.items() if size]))
     most = most_tokens(config, cfg)
+    ways = ["more GPUs with --parallel fsdp",
+            *["--gradient_checkpointing True"] * (not cfg.gradient_checkpointing),
+            *["--use_peft True"] * (not cfg.use_peft)]
     advice = (f"at most about {most:,} tokens per forward" if most else
-              "not even 64 tokens fit: use more GPUs with --parallel fsdp, "
-              "--gradient_checkpointing True or --use_peft True")
+              f"not even 64 tokens fit: use {', or '.join(ways)}")
     fits = "fits" if memory["peak"] <= cfg.max_memory * GIB else "does not fit"
     print(f"\n{fits} {cfg.max_memory:g} GiB; {advice}")

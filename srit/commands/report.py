@@ -8,6 +8,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,12 +41,17 @@ def main(cfg: ReportConfig) -> None:
 
 def write_report(roots: list[Path], show_questions: bool = True) -> Path:
     """Write report.html and report.md into the first run directory. Returns the path of the page."""
+    if len({root.resolve() for root in roots}) < len(roots):
+        raise InputError("--run_dir names one directory twice, which would count as two seeds")
     described = [describe(root) for root in roots]
     context = described[0]
     if not show_questions:
-        for example in (row for group in context["examples"] for row in group["rows"]):
+        for example in (row for way in context["ways"] for group in way["examples"]
+                        for row in group["rows"]):
             example["question"], example["choices"] = example["id"], None
-    context["seeds"] = combine(roots, described) if len(roots) > 1 else None
+    if len(roots) > 1:
+        for way, seeds in zip(context["ways"], combine(roots, described), strict=True):
+            way["seeds"] = seeds
     for root, other in zip(roots[1:], described[1:], strict=True):
         context["warnings"] += [f"{root}: {note}" for note in other["notes"]]
     environment = jinja2.Environment(
@@ -71,24 +77,41 @@ def labels(progress: Progress, names: Iterable[str]) -> list[str]:
     return [label(name) + (" (unchecked)" if name in progress.unchecked else "") for name in names]
 
 
-def read_results(progress: Progress) -> dict[str, dict]:
-    """{stage name: results.json} of every finished evaluation that counts."""
-    folders = {name: progress.root / name for name, run in progress.counting.items()
-               if run["stage"] == "eval" and run["finished"]}
-    return {name: json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            for name, folder in folders.items()
-            if (folder / "results.json").is_file() and (folder / "generations.jsonl").is_file()}
+@dataclass
+class Way:
+    """The evaluations in which the model had the calculator, or those in which it had not.
+
+    A table, a test or an example is of one way: the calculator's share is no gain of the model.
+    """
+
+    mark: str = ""
+    """What headings say of it."""
+    results: dict[str, dict] = field(default_factory=dict)
+    """results.json by stage name."""
+    generations: dict[str, Path] = field(default_factory=dict)
+
+
+def read_ways(progress: Progress) -> list[Way]:
+    """The results of every finished evaluation that counts, without and with the calculator."""
+    without, calculated = Way(), Way(", with the calculator")
+    for name, run in progress.counting.items():
+        for end in ("", "_calculator") if run["stage"] == "eval" and run["finished"] else ():
+            file = progress.root / name / f"results{end}.json"
+            rows = file.with_name(f"generations{end}.jsonl")
+            if file.name in run["outputs"] and file.is_file() and rows.is_file():
+                results = json.loads(file.read_text(encoding="utf-8"))
+                require(results, "calculator", bool, str(file))
+                way = calculated if results["calculator"] else without
+                way.results[name], way.generations[name] = results, rows
+    if calculated.results:
+        without.mark = ", without the calculator"
+    return [way for way in (without, calculated) if way.results]
 
 
 def describe(root: Path) -> dict[str, Any]:
     """Everything the report shows, as plain data."""
     progress = read_progress(root)
     recipe, runs = progress.recipe, progress.counting
-    results = read_results(progress)
-    generations = {name: read_jsonl(root / name / "generations.jsonl") for name in results}
-    accuracy = accuracy_rows(list(results.values()))
-    for row in accuracy:
-        row["change"] = change(generations, row["datasets"])
     first = max(progress.runs.values(), key=lambda run: run["finished"])
     pairs = _rows(root / "pair" / "pairs.jsonl") if "pair" in runs else []
     curves = read_curves(root, runs)
@@ -100,19 +123,32 @@ def describe(root: Path) -> dict[str, Any]:
         "stages": [{"name": name, "minutes": _minutes(run) if name in runs else "left out"}
                    for name, run in progress.runs.items()],
         "settings": _settings(recipe),
-        "evaluated": list(results),
-        "labels": labels(progress, results),
-        "accuracy": accuracy,
-        "verdicts": verdicts(accuracy),
-        "behaviour": [{**summarize_generations(rows), "rows": len(rows)}
-                      for rows in generations.values()],
+        "ways": [describe_way(progress, way) for way in read_ways(progress)],
         "curves": curves,
         "charts": [Markup(chart) for _, title, series in curves
                    if (chart := line_chart(title, list(series.items())))],
         "notes": progress.notes,
         "warnings": progress.notes + warnings(curves, pairs),
         "counts": _counts(runs),
+        "samples": _samples(root, runs),
         "pairs": summarize_pairs(pairs) if pairs else None,
+    }
+
+
+def describe_way(progress: Progress, way: Way) -> dict[str, Any]:
+    """Accuracy, tests, behaviour and examples of the evaluations of one way."""
+    generations = {name: read_jsonl(file) for name, file in way.generations.items()}
+    accuracy = accuracy_rows(list(way.results.values()))
+    for row in accuracy:
+        row["change"] = change(generations, row["datasets"])
+    return {
+        "mark": way.mark,
+        "evaluated": list(way.results),
+        "labels": labels(progress, way.results),
+        "accuracy": accuracy,
+        "verdicts": verdicts(accuracy, way.mark),
+        "behaviour": [{**summarize_generations(rows), "rows": len(rows)}
+                      for rows in generations.values()],
         "examples": examples(generations),
     }
 
@@ -154,14 +190,17 @@ def change(generations: dict[str, list[dict]], datasets: list[str]) -> dict | No
             "broken": found.only_a, "n": found.n}
 
 
-def verdicts(rows: list[dict]) -> list[str]:
-    """The paired test in words: a sentence per domain, or per data set if there are no domains."""
+def verdicts(rows: list[dict], mark: str = "") -> list[str]:
+    """The paired test in words: a sentence per domain, or per data set if there are no domains.
+
+    mark: of the way (see Way) to which the rows belong.
+    """
     sentences = []
     for row in rows:
         found, inside = row["change"], row["in_domain"]
         if found is None or not row["pooled"] and inside is not None:
             continue
-        where = {True: "In domain", False: "Out of domain", None: row["name"]}[inside]
+        where = {True: "In domain", False: "Out of domain", None: row["name"]}[inside] + mark
         if found["p"] < 0.05:
             what = "improved on" if found["points"] > 0 else "fell behind"
             sentences.append(f"{where}: the self-refined model {what} the instructed one by "
@@ -223,6 +262,19 @@ def _counts(runs: dict) -> list[dict]:
             for what, count in run.get("counts", {}).items()]
 
 
+def _samples(root: Path, runs: dict) -> list[dict]:
+    """How the samples of each round were drawn, and how many hold what the calculator wrote."""
+    found = []
+    for name, run in runs.items():
+        file = root / name / "samples.jsonl"
+        if run["stage"] == "sample" and run["finished"] and file.is_file():
+            require(run["config"], "calculator", bool, f"{root / name / 'run.json'}: config")
+            forced = ["forced" in row for _, row in read_lines(file)]
+            found.append({"stage": name, "calculator": run["config"]["calculator"],
+                          "rows": len(forced), "forced": sum(forced)})
+    return found
+
+
 def examples(generations: dict[str, list[dict]]) -> list[dict]:
     """The first questions in file order of each kind: fixed, broken, both right, both wrong."""
     names = _before_and_after(generations)
@@ -248,24 +300,32 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
     return [{"title": title, "rows": rows} for title, rows in found.items() if rows]
 
 
-def combine(roots: Sequence[Path], described: Sequence[dict]) -> dict:
-    """Mean, lowest and highest accuracy over several seeds, for every cell of the table.
+def combine(roots: Sequence[Path], described: Sequence[dict]) -> list[dict]:
+    """For each way, mean accuracy over several runs and that of each, for every cell of the table.
 
-    Raises InputError unless all runs have the same evaluations of the same data sets.
+    Raises InputError unless all runs have the same settings and evaluations of the same data sets.
     """
-    shapes = [(d["evaluated"], [row["name"] for row in d["accuracy"]]) for d in described]
+    for root, other in zip(roots, described, strict=True):
+        if other["settings"] != described[0]["settings"]:
+            raise InputError(f"{root} has other settings than {roots[0]}, so they are not two seeds of "
+                             "one recipe; report each alone")
+    shapes = [[f"{', '.join(way['evaluated'])} of {', '.join(row['name'] for row in way['accuracy'])}"
+               f"{way['mark']}" for way in d["ways"]] for d in described]
     for root, shape in zip(roots, shapes, strict=True):
         if shape != shapes[0]:
-            raise InputError(f"{root} has evaluations {shape[0]} of {shape[1]}, {roots[0]} has "
-                             f"{shapes[0][0]} of {shapes[0][1]}; finish both with `srit run`, or "
-                             "report each alone")
+            raise InputError(f"{root} has evaluations {shape}, {roots[0]} has {shapes[0]}; finish both "
+                             "with `srit run`, or report each alone")
+    return [_combine_way(ways) for ways in zip(*(d["ways"] for d in described), strict=True)]
+
+
+def _combine_way(ways: Sequence[dict]) -> dict:
     rows = []
-    for same in zip(*(d["accuracy"] for d in described), strict=True):
+    for same in zip(*(way["accuracy"] for way in ways), strict=True):
         cells = []
         for column in zip(*(row["cells"] for row in same), strict=True):
             values = [cell["accuracy"] for cell in column]
-            cells.append({"mean": mean(values), "low": min(values), "high": max(values)})
+            cells.append({"mean": mean(values), "runs": values})
         rows.append({"name": same[0]["name"], "n": same[0]["n"], "cells": cells,
                      "pooled": same[0]["pooled"]})
-    marked = [max(column, key=len) for column in zip(*(d["labels"] for d in described), strict=True)]
-    return {"runs": len(roots), "labels": marked, "rows": rows}
+    marked = [max(column, key=len) for column in zip(*(way["labels"] for way in ways), strict=True)]
+    return {"runs": len(ways), "labels": marked, "rows": rows}

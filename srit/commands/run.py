@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ import yaml
 
 from srit.commands.config import RunConfig
 from srit.commands.progress import read_progress, stage_config
-from srit.commands.report import labels, read_results, write_report
+from srit.commands.report import labels, read_ways, write_report
+from srit.config import EvalConfig
 from srit.data.inputs import stage_inputs
-from srit.data.questions import read_demos, read_questions
+from srit.data.questions import dataset_name, read_demos, read_questions
+from srit.data.sources import read_rows
+from srit.grading.judge import load_judge
 from srit.grading.statistics import accuracy_rows
 from srit.launch import to_flags
 from srit.models.load import model_files
 from srit.recipe import Stage, read_recipe, read_yaml, stages
 from srit.runtime import shutdown
 from srit.runtime.files import InputError, atomic_write
-from srit.runtime.jsonl import Counts, read_lines
+from srit.runtime.jsonl import Counts
 from srit.runtime.lock import lock
 from srit.runtime.outcome import BAD_INPUT, STOPPED, Failed, Stopped
 from srit.runtime.run_dir import (
@@ -33,6 +37,7 @@ from srit.runtime.run_dir import (
     changed_input,
     changed_output,
     hash_files,
+    read_resumable,
     read_same,
 )
 from srit.runtime.table import table
@@ -45,13 +50,22 @@ def check_settings(stage: Stage, cfg: Any) -> dict | None:
 
 
 def check_inputs(plan: list[tuple[Stage, Any]]) -> None:
-    """Read the rows, and look for the models, that come from outside the run. Raises InputError."""
+    """Read the rows, and look for the models, that come from outside the run. Raises InputError, also
+    for a data set in in_domain that is not evaluated."""
     made = {stage.output_dir for stage, _ in plan}
     reads = {}  # in the order of the plan
     for stage, cfg in plan:
+        if isinstance(cfg, EvalConfig):
+            names = sorted(map(dataset_name, cfg.eval_file))
+            if unknown := sorted({*cfg.in_domain} - {*names}):
+                raise InputError(f"in_domain names {unknown[0]!r}, which no eval file is called; they "
+                                 f"are called {names}")
         if hasattr(cfg, "model_name_or_path"):
             reads[model_files, cfg.model_name_or_path] = None
-        reads |= {(READERS[stage.kind], file): None for name, files in vars(cfg).items()
+        reader = READERS[stage.kind]
+        if reader in (read_questions, read_demos):
+            reader = partial(reader, judge=load_judge(cfg))
+        reads |= {(reader, file): None for name, files in vars(cfg).items()
                   if name.endswith("_file") for file in files}
     for read, name in reads:
         if not made & {Path(name), Path(name).parent}:
@@ -59,7 +73,7 @@ def check_inputs(plan: list[tuple[Stage, Any]]) -> None:
 
 
 def _read_rows(file: str) -> None:
-    read_lines(file, Counts(file))
+    read_rows(file, Counts(file))
 
 
 READERS = {"eval": read_questions, "sample": read_questions, "pair": read_demos, "sft": _read_rows,
@@ -134,8 +148,11 @@ def main(cfg: RunConfig) -> None:
     root = Path(recipe["output_dir"])
     file = root / "recipe.yaml"
     earlier = file.read_bytes() if file.is_file() else None
-    begun = read_yaml(file).get("date") if earlier else None
-    recipe["date"] = str(recipe.get("date") or begun or date.today())  # one for all stages
+    begun = [read_yaml(file).get("date")] if earlier else []
+    begun += sorted(run["date"] for stage in stages(recipe)
+                    if (run := read_resumable(stage.output_dir)) is not None)
+    # One for all stages: the recipe's, or the one on which they began.
+    recipe["date"] = str(next(filter(None, [recipe.get("date"), *begun]), date.today()))
     plan = [(stage, stage_config(stage, cfg.config)) for stage in stages(recipe)]
     for stage, settings in plan:
         check_settings(stage, settings)
@@ -170,13 +187,14 @@ def main(cfg: RunConfig) -> None:
 def accuracy_table(root: Path) -> str:
     """Accuracy of every evaluated model on every data set, as aligned text; and what is left out."""
     progress = read_progress(root)
-    results = read_results(progress)
-    if not results:
-        return "\n".join(["no evaluation files: no accuracy", *progress.notes])
-    lines = []
-    for row in accuracy_rows(list(results.values())):
-        mark = " (out of domain)" if row["in_domain"] is False and not row["pooled"] else ""
-        lines.append([row["name"] + mark, row["n"],
-                      *(f"{cell['accuracy']:.1%}" if cell else "–" for cell in row["cells"])])
-    header = ["data set", "n", *(name.lower() for name in labels(progress, results))]
-    return "\n".join([table(header, lines), *progress.notes])
+    tables = []
+    for way in read_ways(progress):
+        lines = []
+        for row in accuracy_rows(list(way.results.values())):
+            mark = " (out of domain)" if row["in_domain"] is False and not row["pooled"] else ""
+            lines.append([row["name"] + mark, row["n"],
+                          *(f"{cell['accuracy']:.1%}" if cell else "–" for cell in row["cells"])])
+        names = (name.lower() for name in labels(progress, way.results))
+        tables.append(table([f"data set{way.mark}", "n", *names], lines))
+    shown = "\n\n".join(tables) or "no evaluation files: no accuracy"
+    return "\n".join([shown, *progress.notes])

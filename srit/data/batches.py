@@ -97,7 +97,7 @@ class Batch:
         return replace(self, **moved)
 
     def trained_hidden(self, model: Decoder) -> Tensor:
-        """(M, D) hidden states of the positions that predict a trained token: all that the head sees."""
+        """(M, D) hidden states of the positions that predict a trained token: all the head sees."""
         hidden = model.hidden(self.input_ids, positions=self.positions, cu_seqlens=self.cu_seqlens,
                               parents=self.parents)
         return hidden[0, self.predict_positions]

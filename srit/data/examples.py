@@ -1,15 +1,19 @@
 """Training files to tokenized examples and pairs: read, checked, filtered and counted."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from srit.config import PromptConfig
 from srit.data.batches import Example, Pair
+from srit.data.formats import split_prompt, to_trl
 from srit.data.questions import check_question
-from srit.grading.answers import grade
+from srit.data.sources import read_rows
+from srit.grading.judge import load_judge
 from srit.runtime.files import InputError
-from srit.runtime.jsonl import Counts, read_lines, require
+from srit.runtime.jsonl import Counts, require
 from srit.text.arithmetic import equations
 from srit.text.prompts import (
+    DEFAULT,
     EmptyCompletion,
     Rendered,
     question_messages,
@@ -18,122 +22,139 @@ from srit.text.prompts import (
 )
 from srit.text.tokenizer import Tokenizer
 
+Result = TypeVar("Result", Rendered, list[Rendered])
+
 
 def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
              prompt_style: Sequence[str], filter_demos: bool,
-             parse_special_tokens: bool = True,
-             drop_false_equations: bool = False) -> tuple[list[Example], Counts]:
-    """SFT examples from demonstrations, or from TRL rows (`prompt`/`completion`, or `messages`).
+             parse_special_tokens: bool = True, drop_false_equations: bool = False,
+             cfg: PromptConfig = DEFAULT) -> tuple[list[Example], Counts]:
+    """SFT examples from demonstrations, from TRL rows (`prompt`/`completion`, or `messages`), or from
+    rows that `to_trl` makes such of.
 
-    Demonstrations with a wrong final answer (`filter_demos`), rows with an empty answer or one of which
-    every token was forced (`completion_forced`, see `render`), rows longer than `max_length` and those
-    with a false equation (`drop_false_equations`) are dropped and counted; so are the equations of the
-    rest. Raises InputError for a malformed row, naming file and line, and when nothing is left.
-    parse_special_tokens: see `render`.
+    Rows that `sft_row` drops are counted; so are the equations of the rest. Raises InputError for a
+    malformed row, naming file and line, and when nothing is left.
     """
     examples, counts = [], Counts("demonstrations")
     for file in files:
-        for where, row in read_lines(file, counts):
-            if "messages" in row:
-                if row.get("completion_forced") is not None:
-                    raise InputError(f"{where}: completion_forced says nothing of messages; write "
-                                     "the row as prompt and completion")
-                rendered = [_at(where, render_conversation, tokenizer, row["messages"])]
-            elif "question" in row:
-                check_question(row, where)
-                require(row, "completion", str, where)
-                if _is_empty(row["completion"]):
-                    counts.drop("empty completion")
-                    continue
-                if filter_demos and not grade(row["completion"], row).correct:
-                    counts.drop("answer differs from the ground truth")
-                    continue
-                rendered = [
-                    _at(where, render, tokenizer, question_messages(row, style), row["completion"],
-                        parse_special_tokens, row.get("completion_forced"))
-                    for style in prompt_style
-                ]
-            else:
-                for key in ("prompt", "completion"):
-                    if key not in row:
-                        raise InputError(f"{where}: the row has no field '{key}' (expected a "
-                                         "demonstration, prompt/completion, or messages)")
-                if _is_empty(row["completion"]):
-                    counts.drop("empty completion")
-                    continue
-                rendered = [_at(where, render, tokenizer, row["prompt"], row["completion"],
-                                parse_special_tokens, row.get("completion_forced"))]
-            if not all(rendered):
-                counts.drop("empty completion")
+        for where, row in read_rows(file, counts):
+            rendered, dropped = sft_row(where, row, tokenizer, max_length, prompt_style, filter_demos,
+                                        parse_special_tokens, drop_false_equations, cfg)
+            if dropped:
+                counts.drop(dropped)
                 continue
-            if any(len(r.ids) > max_length for r in rendered):
-                counts.drop(f"longer than max_length {max_length}")
-                continue
-            if any(map(_only_end_is_trained, rendered)):
-                counts.drop("no token of its own to train")
-                continue
-            found = equations(_answer_text(row))
-            false = sum(not equation.holds for equation in found)
-            if drop_false_equations and false:
-                counts.drop("false equation")
-                continue
+            found = equations(_answer_text(to_trl(row, where)))
             counts.use()
-            counts.held.update(equations=len(found), false_equations=false)
+            counts.held.update(equations=len(found), false_equations=sum(not e.holds for e in found))
             examples += [Example(str(row.get("id", where)), r) for r in rendered]
     if not examples:
         raise InputError(f"nothing to train on: {counts}")
     return examples, counts
 
 
+def sft_row(where: str, row: dict, tokenizer: Tokenizer, max_length: int, prompt_style: Sequence[str],
+            filter_demos: bool, parse_special_tokens: bool = True, drop_false_equations: bool = False,
+            cfg: PromptConfig = DEFAULT) -> tuple[list[Rendered], str | None]:
+    """What one row is trained as, and why it is dropped, if it is.
+
+    Dropped are demonstrations with a wrong final answer (`filter_demos`), rows with an empty answer or
+    one of which every token was forced (`completion_forced`, see `render`), rows longer than
+    `max_length`, those with a false equation (`drop_false_equations`) and the bad answers of KTO's rows
+    (`label` false). Raises InputError for a malformed row. parse_special_tokens: see `render`; cfg: see
+    `question_messages` and `load_judge`.
+    """
+    row = to_trl(row, where)
+    if "messages" in row:
+        if row.get("completion_forced") is not None:
+            raise InputError(f"{where}: completion_forced says nothing of messages; write the row as "
+                             "prompt and completion")
+        rendered = _at(where, render_conversation, tokenizer, row["messages"])
+    else:
+        if "question" in row:
+            judge = load_judge(cfg)
+            check_question(row, where, judge)
+            require(row, "completion", str, where)
+        for key in ("prompt", "completion"):
+            if key not in row and "question" not in row:
+                raise InputError(f"{where}: the row has no field '{key}' (expected a demonstration, "
+                                 "prompt/completion, messages, or another of docs/data.md)")
+        if "label" in row and "question" not in row:
+            require(row, "label", bool, where)
+            if not row["label"]:
+                return [], "label is false"
+        if _is_empty(row["completion"]):
+            return [], "empty completion"
+        prompts = [row.get("prompt")]
+        if "question" in row:
+            if filter_demos and not judge(row["completion"], row).correct:
+                return [], "answer differs from the ground truth"
+            prompts = [question_messages(row, style, cfg) for style in prompt_style]
+        rendered = [_at(where, render, tokenizer, prompt, row["completion"], parse_special_tokens,
+                        row.get("completion_forced")) for prompt in prompts]
+    if not rendered or not all(rendered):
+        return [], "empty completion"
+    if any(len(r.ids) > max_length for r in rendered):
+        return rendered, f"longer than max_length {max_length}"
+    if any(map(_only_end_is_trained, rendered)):
+        return rendered, "no token of its own to train"
+    if drop_false_equations and not all(e.holds for e in equations(_answer_text(row))):
+        return rendered, "false equation"
+    return rendered, None
+
+
 def read_pairs(files: Sequence[str], tokenizer: Tokenizer,
                max_length: int, parse_special_tokens: bool = True) -> tuple[list[Pair], Counts]:
     """Preference pairs: `prompt`, `chosen`, `rejected`, each a string or a message list.
 
-    Without `prompt`, chosen and rejected are conversations that share their first messages. A pair is
-    dropped and counted when a side is empty, both are the same, or one is longer than `max_length`:
-    a truncated answer would be trained as if it were complete. So is one with a side of which every
-    token was forced (`chosen_forced`, `rejected_forced`, see `render`). parse_special_tokens: as there.
+    Rows that `pair_row` drops are counted. Raises InputError for a malformed row, naming file and line,
+    and when nothing is left.
     """
     pairs, counts = [], Counts("pairs")
     for file in files:
-        for where, row in read_lines(file, counts):
-            for key in ("chosen", "rejected"):
-                if key not in row:
-                    raise InputError(f"{where}: the row has no field '{key}'")
-            prompt, chosen, rejected = _split_prompt(row, where)
-            if _is_empty(chosen) or _is_empty(rejected):
-                counts.drop("empty completion")
-                continue
-            a, b = (_at(where, render, tokenizer, prompt, side, parse_special_tokens, row.get(forced))
-                    for side, forced in ((chosen, "chosen_forced"), (rejected, "rejected_forced")))
-            if a is None or b is None:
-                counts.drop("empty completion")
-            elif a.mask.index(True) >= max_length:
-                counts.drop(f"prompt longer than max_length {max_length}")
-            elif max(len(a.ids), len(b.ids)) > max_length:
-                counts.drop(f"completion beyond max_length {max_length}")
-            elif a.ids == b.ids:
-                counts.drop("chosen and rejected are the same")
-            elif _only_end_is_trained(a) or _only_end_is_trained(b):
-                counts.drop("no token of its own to train")
+        for where, row in read_rows(file, counts):
+            sides, dropped = pair_row(where, row, tokenizer, max_length, parse_special_tokens)
+            if dropped:
+                counts.drop(dropped)
             else:
                 counts.use()
-                pairs.append(Pair(str(row.get("id", where)), a, b))
+                pairs.append(Pair(str(row.get("id", where)), *sides))
     if not pairs:
         raise InputError(f"nothing to train on: {counts}")
     return pairs, counts
 
 
-def _split_prompt(row: dict, where: str) -> tuple:
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        return row["prompt"], chosen, rejected
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise InputError(f"{where}: the row has no field 'prompt'")
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+def pair_row(where: str, row: dict, tokenizer: Tokenizer, max_length: int,
+             parse_special_tokens: bool = True) -> tuple[list[Rendered], str | None]:
+    """Chosen and rejected of one row, and why it is dropped, if it is.
+
+    How the prompt is found: `split_prompt`. A pair is dropped when a side is empty, both are the same,
+    or one is longer than `max_length`: a truncated answer would be trained as if it were complete. So
+    is one with a side of which every token was forced (`chosen_forced`, `rejected_forced`, see
+    `render`). parse_special_tokens: as there.
+    """
+    if row.keys() >= {"completion", "label"}:
+        raise InputError(f"{where}: a row of KTO says of one answer whether it is good, not which of "
+                         "two is better; sft takes such rows, dpo needs chosen and rejected")
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise InputError(f"{where}: the row has no field '{key}'")
+    prompt, chosen, rejected = split_prompt(row, where)
+    if _is_empty(chosen) or _is_empty(rejected):
+        return [], "empty completion"
+    a, b = (_at(where, render, tokenizer, prompt, side, parse_special_tokens, row.get(forced))
+            for side, forced in ((chosen, "chosen_forced"), (rejected, "rejected_forced")))
+    if a is None or b is None:
+        return [], "empty completion"
+    sides, dropped = [a, b], None
+    if a.mask.index(True) >= max_length:
+        dropped = f"prompt longer than max_length {max_length}"
+    elif max(len(a.ids), len(b.ids)) > max_length:
+        dropped = f"completion beyond max_length {max_length}"
+    elif a.ids == b.ids:
+        dropped = "chosen and rejected are the same"
+    elif _only_end_is_trained(a) or _only_end_is_trained(b):
+        dropped = "no token of its own to train"
+    return sides, dropped
 
 
 def _is_empty(completion: object) -> bool:
@@ -156,7 +177,7 @@ def _only_end_is_trained(answer: Rendered) -> bool:
     return sum(answer.mask) == 1
 
 
-def _at(where: str, function: Callable[..., Rendered], *arguments: Any) -> Rendered | None:
+def _at(where: str, function: Callable[..., Result], *arguments: Any) -> Result | None:
     """function(*arguments), None for an empty answer. An InputError gets the row's place in front."""
     try:
         return function(*arguments)

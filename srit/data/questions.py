@@ -2,38 +2,26 @@
 
 from pathlib import Path
 
+from srit.data.sources import HUB_SET, read_rows
+from srit.grading.judge import Judge, grade
 from srit.runtime.files import InputError
-from srit.runtime.jsonl import read_lines, require
-from srit.runtime.limits import CHOICES, check
-
-TASKS = ("math", "choice")
+from srit.runtime.jsonl import require
 
 
-def check_question(row: dict, where: str) -> dict:
-    """Return the row, or raise InputError if it is not a valid question."""
+def check_question(row: dict, where: str, judge: Judge = grade) -> dict:
+    """Return the row, or raise InputError if it is no valid question with a truth for its judge."""
     for key in ("id", "task", "question", "answer"):
         require(row, key, str, where)
-    if row["task"] not in TASKS:
-        raise InputError(f"{where}: field 'task' must be one of {TASKS}, got {row['task']!r}")
     if not row["question"].strip():
         raise InputError(f"{where}: field 'question' is empty")
-    if row["task"] == "choice":
-        require(row, "choices", dict, where)
-        for label, text in row["choices"].items():
-            check(isinstance(text, str), where, f"choice {label!r:.20}", text, "a string")
-        check(len(row["choices"]) <= CHOICES, where, "choices", len(row["choices"]),
-              f"{CHOICES} at most")
-        if row["answer"] not in row["choices"]:
-            raise InputError(
-                f"{where}: answer {row['answer']!r} is not one of the choices {list(row['choices'])}"
-            )
+    judge.check(row, where)
     return row
 
 
-def _read(path: str | Path, extra: tuple[str, ...]) -> list[dict]:
-    lines, seen = read_lines(path), {}
+def _read(path: str | Path, extra: tuple[str, ...], judge: Judge) -> list[dict]:
+    lines, seen = read_rows(path), {}
     for where, row in lines:
-        check_question(row, where)
+        check_question(row, where, judge)
         for key in extra:
             require(row, key, str, where)
         if row["id"] in seen:
@@ -42,17 +30,20 @@ def _read(path: str | Path, extra: tuple[str, ...]) -> list[dict]:
     return [row for _, row in lines]
 
 
-def read_questions(path: str | Path) -> list[dict]:
+def read_questions(path: str | Path, judge: Judge = grade) -> list[dict]:
     """Question rows: `id`, `task`, `question`, `answer`, and `choices` for multiple choice."""
-    return _read(path, ())
+    return _read(path, (), judge)
 
 
-def read_demos(path: str | Path) -> list[dict]:
+def read_demos(path: str | Path, judge: Judge = grade) -> list[dict]:
     """Demonstrations: question rows with the teacher's `completion`."""
-    return _read(path, ("completion",))
+    return _read(path, ("completion",), judge)
 
 
 def dataset_name(path: str | Path) -> str:
-    """`svamp` for svamp/dev.jsonl (or train, test), `questions` for questions.jsonl."""
-    path = Path(path)
+    """`svamp` for svamp/dev.jsonl (or train, test), `questions` for questions.jsonl.gz, `set` for
+    the data set owner/set:test of the Hub."""
+    if found := HUB_SET.fullmatch(str(path)):
+        return found["name"].split("/")[1]
+    path = Path(str(path).removesuffix(".gz"))
     return path.parent.name if path.stem in ("train", "dev", "test") else path.stem

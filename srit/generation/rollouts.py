@@ -54,7 +54,7 @@ def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokeniz
     """The questions of all files, each in all styles. Raises InputError for a duplicate id.
 
     one_id_space: also when the two belong to different data sets. Pairs are found by id alone.
-    cfg: as of `question_messages`.
+    cfg: as of `question_messages` and `load_judge`.
     """
     prompts, seen, judge = [], {}, load_judge(cfg)
     for file in files:

@@ -1,4 +1,4 @@
-"""What a completion answers, and whether it is right: the one judge for filters, pairs and evaluation.
+"""What a completion answers: the number or the option that it states, read from its words.
 
 strict: what the text itself calls its answer ("the answer is 7", "#### 7", "\\boxed{7}", "B is the
 correct choice"). A doubt, a second candidate or a question leaves no strict answer.
@@ -11,26 +11,15 @@ explains; what is left is one candidate or none.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from srit.grading.numerals import NUMERAL, equal, numbers, plain, read_number, show
+from srit.grading.numerals import NUMERAL, equal, plain, read_number
 
 LIMIT = 400  # characters of a sentence that are read
 MANY = 500  # sentences that are searched for a last number; a text with more cues is a loop
-
-
-@dataclass(frozen=True)
-class Grade:
-    """Flexible and strict answer, and whether each equals the ground truth."""
-
-    extracted: str | None
-    correct: bool
-    strict_extracted: str | None
-    strict_correct: bool
 
 
 # ---- from words to kinds ------------------------------------------------------------------------
@@ -121,7 +110,7 @@ LETTER = re.compile(
 
 
 @lru_cache(1024)
-def _option_marker(choices: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
+def option_marker(choices: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
     """A function that puts the characters of options into a plain text, and leaves out a recital."""
     keys, texts = ([plain(name).strip(" .,;:!?\"'\n").casefold() for name in names]
                    for names in zip(*choices, strict=True))
@@ -375,14 +364,14 @@ def _settle(answer: Any, found: Any, denied: list, concludes: bool) -> Any:
     return found if concludes or _same(answer, found) else CLASH
 
 
-# ---- grading ------------------------------------------------------------------------------------
+# ---- whole texts --------------------------------------------------------------------------------
 
 THOUGHT, THOUGHT_END = (re.compile(f"<{slash}think(?:ing)?>", re.I) for slash in ("", "/"))
 NEXT_QUESTION = re.compile(r"^[# ]*(?:question|q|problem|instruction|input|user|human)\b[^:\n]{0,9}:"
                            r"|^#+ ?(?:instruction|question)\b", re.I | re.M)
 
 
-def _answers(text: str, read: Reader, mark: Callable[[str], str]) -> tuple[Any, Any]:
+def read_answers(text: str, read: Reader, mark: Callable[[str], str]) -> tuple[Any, Any]:
     """The flexible and the strict answer of a text: a number, the index of an option, or None."""
     shown, *thought = THOUGHT.split(THOUGHT_END.split(text)[-1], maxsplit=1)
     cut = bool(thought) and not shown.strip()  # inside the thought, where nothing is stated
@@ -393,16 +382,3 @@ def _answers(text: str, read: Reader, mark: Callable[[str], str]) -> tuple[Any, 
     strict = None if answer is UNCLEAR or answer is CLASH else answer
     flexible = whole.last(since) if answer is None or answer is CLASH else strict
     return (None if flexible is UNCLEAR else flexible), strict
-
-
-def grade(text: str, row: Mapping) -> Grade:
-    """Grade a completion against its question row (`task`, `answer`, `choices`)."""
-    if row["task"] == "choice":
-        keys = list(row["choices"])
-        found = _answers(text, read_options, _option_marker(tuple(row["choices"].items())))
-        flexible, strict = (None if index is None else keys[index] for index in found)
-        return Grade(flexible, flexible == row["answer"], strict, strict == row["answer"])
-    truth = numbers(row["answer"])[:1]
-    flexible, strict = found = _answers(text, read_numbers, str)
-    right = [value is not None and any(equal(value, true) for true in truth) for value in found]
-    return Grade(show(flexible), right[0], show(strict), right[1])

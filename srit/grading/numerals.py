@@ -115,7 +115,8 @@ FRACTION_WORDS = r"hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin
 # A word that begins with a digit is a number as a whole or none: 3,5, 5-6, 07:30, 3rd and 5x are none.
 NUMERAL = (
     r"(?P<sign>(?<![\w)%])(?<![\d)%] )(?:[-+]|(?:minus|negative) ))?(?:[$€£¥₹] ?(?P<inner>-)?)?"
-    r"(?:(?P<whole>(?<![\w^])\d+ (?=\d+/\d))?(?P<digits>(?<![\w^])\.?\d(?:[\w.,:/^%°'-]*[\w%°])?)"
+    r"(?:(?P<whole>(?<![\w^])\d+ (?:and )?(?=\d+/\d))?"
+    r"(?P<digits>(?<![\w^])\.?\d(?:[\w.,:/^%°'-]*[\w%°])?)"
     rf"|(?P<words>{WORDS}))"
     rf"(?P<point> point(?: (?:{'|'.join(list(SMALL)[:10])})\b)+)?"
     rf"(?P<half> and a half\b)?(?P<scale> {SCALES})?(?: per ?cent\b)?"
@@ -131,7 +132,7 @@ def read_number(match: re.Match) -> Fraction | None:
     """The value of a match of NUMERAL; None if it is no number, as in 5-6, 2021-03-05, 3rd or 5/0."""
     value = _words(match["words"].lower()) if match["words"] else _digits(match["digits"])
     if match["whole"] and value is not None:
-        whole = _digits(match["whole"].strip())
+        whole = _digits(match["whole"].split()[0])
         value = None if whole is None or "/" not in match["digits"] else whole + value
     if value is None or match["part"]:
         return None
@@ -185,6 +186,12 @@ def numbers(text: str) -> list[Fraction]:
     return [value for value in values if value is not None]
 
 
+def number(text: str) -> Fraction | None:
+    """The value of a text that is one number and nothing else, such as 7, 3/4 or \\boxed{10^6}."""
+    match = FIND.fullmatch(plain(text).strip(" \n\x02\x03$").removesuffix("."))
+    return match and read_number(match)
+
+
 def equal(a: Fraction, b: Fraction) -> bool:
     """The same number. Only values of more than nine decimals may differ, by rounding noise."""
     exact = all((value * 10**9).denominator == 1 for value in (a, b))
@@ -192,7 +199,8 @@ def equal(a: Fraction, b: Fraction) -> bool:
 
 
 def show(value: Fraction | None) -> str | None:
-    """A number as text, such as 7 or 0.75."""
+    """A number as text, such as 7 or 0.75; n/d where a float does not reach."""
     if value is None:
         return None
-    return str(value.numerator) if value.denominator == 1 else repr(float(value))
+    fits = value.denominator > 1 and abs(value) < 10**300
+    return repr(float(value)) if fits else str(value)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from srit.grading.answers import grade
+from srit.config import PromptConfig
+from srit.grading.judge import load_judge
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts
-from srit.text.prompts import question_messages
+from srit.text.prompts import DEFAULT, Message, question_messages
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Candidate:
     sample: int | None
     extracted: str | None
     correct: bool
+    score: float  # 1 for right and 0 for wrong, unless a verifier scores
     forced: list[list[int]] = field(default_factory=list)  # spans of the text, see `render`
 
 
@@ -53,7 +55,13 @@ def mixed(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, s
     return right or teacher, wrong, _why(right or teacher, wrong, "every answer right")
 
 
-POLICIES = {"paper": paper, "correctness": correctness, "mixed": mixed}
+def scored(own: list[Candidate], teacher: list[Candidate]) -> tuple[list, list, str]:
+    """w and l: two CoT answers of the student; `min_margin` says how much better w must score."""
+    cot = [c for c in own if c.style == "cot"]
+    return cot, cot, "" if cot else "no CoT answer"
+
+
+POLICIES = {"paper": paper, "correctness": correctness, "mixed": mixed, "scored": scored}
 
 
 def _why(chosen: list[Candidate], rejected: list[Candidate], none_rejected: str) -> str:
@@ -64,7 +72,8 @@ def _why(chosen: list[Candidate], rejected: list[Candidate], none_rejected: str)
 
 def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "paper",
                 pair_prompt: str = "cot", selection: str = "uniform", max_pairs_per_question: int = 1,
-                seed: int = 0) -> tuple[list[dict], list[Counts]]:
+                seed: int = 0, cfg: PromptConfig = DEFAULT,
+                min_margin: float = 0.0) -> tuple[list[dict], list[Counts]]:
     """Preference pairs, and the counts of samples and of questions.
 
     Args:
@@ -72,30 +81,37 @@ def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "p
         demos: teacher demonstrations of the same questions; wrong ones are ignored.
         pair_prompt: prompt style of the pair's prompt.
         selection: which possible pairs to keep: `uniform`, or `closest_length` (in characters).
+        cfg: the pair's prompt, as of `question_messages`, and the judge of demonstrations.
+        min_margin: w scores at least so much more than l, and not less.
     Raises InputError for an unknown policy, if one sample has two different texts, and if one id
     stands for two questions.
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r}: must be one of {', '.join(POLICIES)}")
     questions, own, sample_counts = _usable(samples)
+    judge = load_judge(cfg)
     teacher: dict[str, list[Candidate]] = defaultdict(list)
     for row in demos:
         _check_same_question(questions.get(row["id"], row), row)
-        found = grade(row["completion"], row)
+        found = judge(row["completion"], row)
         if found.correct:
+            score = 1.0 if found.score is None else found.score
             teacher[row["id"]].append(Candidate(row["completion"].strip(), "cot", "teacher", None,
-                                                found.extracted, True))
+                                                found.extracted, True, score))
     pairs, counts = [], Counts("questions")
     for key in sorted(questions):
         chosen, rejected, why = POLICIES[policy](own[key], teacher[key])
         possible = [(w, r) for w in chosen for r in rejected
                     if " ".join(w.text.split()) != " ".join(r.text.split())]
-        if why or not possible:
-            counts.drop(why or "chosen and rejected are the same text")
+        apart = [(w, r) for w, r in possible if round(w.score - r.score, 9) >= min_margin]
+        if why or not apart:
+            counts.drop(why or ("chosen and rejected are the same text" if not possible else
+                                f"no two scores {min_margin} apart"))
             continue
         counts.use()
-        picked = _select(possible, selection, max_pairs_per_question, f"{seed} {key}")
-        pairs += [_row(questions[key], w, r, policy, pair_prompt, n)
+        picked = _select(apart, selection, max_pairs_per_question, f"{seed} {key}")
+        prompt = question_messages(questions[key], pair_prompt, cfg)
+        pairs += [_row(questions[key], prompt, w, r, policy, n)
                   for n, (w, r) in enumerate(picked)]
     return pairs, [sample_counts, counts]
 
@@ -126,7 +142,8 @@ def _usable(samples: Sequence[dict]) -> tuple[dict, dict, Counts]:
             texts.add(distinct)
             text, forced = _stripped(row["text"], row.get("forced") or [])
             own[row["id"]].append(Candidate(text, row["prompt_style"], "self", row["sample"],
-                                            row["extracted"], row["correct"], forced))
+                                            row["extracted"], row["correct"],
+                                            row.get("score", float(row["correct"])), forced))
     return questions, own, counts
 
 
@@ -157,19 +174,20 @@ def _select(possible: list[tuple[Candidate, Candidate]], selection: str, most: i
     return picked
 
 
-def _row(question: dict, w: Candidate, r: Candidate, policy: str, pair_prompt: str,
+def _row(question: dict, prompt: list[Message], w: Candidate, r: Candidate, policy: str,
          number: int) -> dict:
     def turn(text: str) -> list[dict]:
         return [{"role": "assistant", "content": text}]
 
     return {
         "id": question["id"] if number == 0 else f"{question['id']}#{number}",
-        "prompt": question_messages(question, pair_prompt),
+        "prompt": prompt,
         "chosen": turn(w.text), "rejected": turn(r.text), "policy": policy,
         "answer": question["answer"], "chosen_source": w.source, "chosen_style": w.style,
-        "chosen_sample": w.sample, "chosen_extracted": w.extracted,
+        "chosen_sample": w.sample, "chosen_extracted": w.extracted, "chosen_score": w.score,
         "rejected_style": r.style, "rejected_sample": r.sample,
         "rejected_extracted": r.extracted, "rejected_correct": r.correct,
+        "rejected_score": r.score,
     } | {f"{side}_forced": c.forced for side, c in (("chosen", w), ("rejected", r)) if c.forced}
 
 
@@ -180,6 +198,7 @@ def summarize_pairs(pairs: Sequence[dict]) -> dict[str, float]:
         "chosen_from_teacher": sum(p["chosen_source"] == "teacher" for p in pairs),
         "rejected_correct": sum(p["rejected_correct"] for p in pairs),
         "rejected_direct": sum(p["rejected_style"] == "direct" for p in pairs),
+        "with_forced_text": sum("chosen_forced" in p or "rejected_forced" in p for p in pairs),
         "chosen_mean_characters": round(mean(len(p["chosen"][0]["content"]) for p in pairs), 1),
         "rejected_mean_characters": round(mean(len(p["rejected"][0]["content"]) for p in pairs), 1),
     }

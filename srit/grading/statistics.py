@@ -82,7 +82,8 @@ def compare(a: Mapping[str, bool], b: Mapping[str, bool]) -> Paired:
 
 
 def summarize_generations(rows: Iterable[dict]) -> dict:
-    """Accuracy of a set of generations, with its interval, and how they ended.
+    """Accuracy of a set of generations, with its interval, and how they ended; their mean score, if a
+    verifier scored them.
 
     With several samples per question, accuracy is their mean. n and the interval still count
     questions, because samples of one question are not independent; pass@k (k = 1, 2, 4, ... and all)
@@ -103,6 +104,8 @@ def summarize_generations(rows: Iterable[dict]) -> dict:
         "finish_rate": sum(row["finished"] for row in rows) / total,
         "mean_tokens": sum(row["n_tokens"] for row in rows) / total,
     }
+    if rows and all("score" in row for row in rows):
+        result["score"] = sum(row["score"] for row in rows) / total
     samples = min((len(group) for group in questions.values()), default=0)
     if samples < 2:
         return result

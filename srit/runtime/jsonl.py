@@ -1,15 +1,19 @@
 """Read and write JSON Lines with every row checked, and count what each stage used and dropped."""
 
+import codecs
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
+from typing import BinaryIO
 
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.limits import ROW_BYTES, check, is_integer, parse_json
+
+Line = tuple[str, bytes]  # place (for messages), text of a row
 
 
 def read_lines(path: str | Path, counts: "Counts | None" = None) -> list[tuple[str, dict]]:
@@ -20,23 +24,40 @@ def read_lines(path: str | Path, counts: "Counts | None" = None) -> list[tuple[s
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    rows, too_long = [], f"longer than {ROW_BYTES:,} bytes"
     with open(path, "rb") as handle:
-        for number in itertools.count(1):
-            line = handle.readline(ROW_BYTES + 1)
-            if not line:
-                break
-            if len(line) > ROW_BYTES:
-                if counts is None:
-                    raise InputError(f"{path}:{number}: the row is {too_long}")
-                counts.drop(too_long)
-                while line and not line.endswith(b"\n"):
-                    line = handle.readline(ROW_BYTES)
-            elif line.strip():
-                row = parse_json(line, f"{path}:{number}")
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected an object, got {type(row).__name__}")
-                rows.append((f"{path}:{number}", row))
+        return parse_rows(path, split_lines(path, handle), counts)
+
+
+def split_lines(path: str | Path, handle: BinaryIO) -> Iterator[Line]:
+    """Every line that is not blank, without a byte order mark; of a long one ROW_BYTES + 1 bytes."""
+    for number in itertools.count(1):
+        line = handle.readline(ROW_BYTES + 1)
+        if not line:
+            return
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        too_long = len(line) > ROW_BYTES
+        rest = line if too_long else b""
+        while rest and not rest.endswith(b"\n"):
+            rest = handle.readline(ROW_BYTES)
+        if too_long or line.strip():
+            yield f"{path}:{number}", line
+
+
+def parse_rows(path: str | Path, lines: Iterable[Line],
+               counts: "Counts | None" = None) -> list[tuple[str, dict]]:
+    """(place, row) of lines that each hold a JSON object, as `read_lines`."""
+    rows, too_long = [], f"longer than {ROW_BYTES:,} bytes"
+    for where, line in lines:
+        if len(line) > ROW_BYTES:
+            if counts is None:
+                raise InputError(f"{where}: the row is {too_long}")
+            counts.drop(too_long)
+            continue
+        row = parse_json(line, where)
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object, got {type(row).__name__}")
+        rows.append((where, row))
     if not rows and not (counts and counts.dropped):
         raise InputError(f"{path}: no rows")
     return rows

@@ -30,6 +30,7 @@ GGUF_ITEMS = 2**24  # the longest arrays are vocabulary and merges
 GGUF_TOKEN_CHARACTERS = 1024  # a token's merges are found by cutting it in all places
 
 # A setting
+YAML_VALUES = 2**16  # of a recipe: aliases of aliases multiply them
 SEED = 2**63 - 1  # torch takes 64 bits; adding small numbers must not overflow
 INTEGER = 2**31 - 1
 NUMBER = 1e30  # keeps products with step counts and bytes finite

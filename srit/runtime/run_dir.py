@@ -6,11 +6,13 @@ inputs: SHA-256 of every file that it reads. Its outputs' hashes are recorded to
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from srit.runtime import distributed
 from srit.runtime.files import InputError, atomic_write, remove, sha256
 from srit.runtime.jsonl import Counts
 from srit.runtime.lock import LOCK, lock
-from srit.runtime.outcome import Finished
+from srit.runtime.outcome import Failed, Finished
 
 # Settings that may change when a run resumes: what it has computed so far stays valid.
 CHANGEABLE = {
@@ -65,6 +67,7 @@ class Run:
         if hasattr(cfg, "date") and cfg.date:
             self.date = cfg.date
         self.counts: list[Counts] = []
+        self.cleanup: Callable[[], None] = lambda: None  # what is to be done once the run is finished
         self.check()
         self.list_inputs = inputs
         self.stamps = {file: stamp(file) for file in inputs(cfg)}
@@ -94,13 +97,22 @@ class Run:
         return run
 
     def end_if_finished(self, steps: int = 0) -> None:
-        """Raise Finished if this run is, after `steps` or more; InputError if an output has changed."""
+        """Raise Finished if this run is, after so many steps.
+
+        Raises InputError if it was finished after more steps, or if an output has changed.
+        """
         run = self.same_inputs()
         if run is None or not run["finished"] or run.get("steps", 0) < steps:
             return
+        if run.get("steps", 0) > steps > 0:
+            raise InputError(f"{self.output_dir}: this run is finished, after {run['steps']} steps; "
+                             f"--max_steps or --num_train_epochs ask for {steps}; {OTHER}")
         if changed := changed_output(run, self.output_dir):
             raise InputError(f"{self.output_dir}: this run is finished, but {changed}; bring it back, "
                              f"{OTHER}")
+        if steps and distributed.rank() == 0:  # other settings may come to as many steps
+            now = dataclasses.asdict(self.cfg)
+            self._put({**run, "config": run["config"] | {key: now[key] for key in LENGTH}})
         longer = "train longer with --max_steps or --num_train_epochs, or " if steps else ""
         raise Finished(f"{self.output_dir}: this run is finished; {longer}start it afresh with "
                        "--overwrite_output_dir True")
@@ -121,7 +133,8 @@ class Run:
         distributed.require_same(f"{self.cfg}", "flags")
         if distributed.rank() == 0:
             for file in now:
-                if file.resolve().is_relative_to(self.output_dir.resolve()):
+                if any(place.resolve().is_relative_to(self.output_dir.resolve())
+                       for place in (file, file.parent)):  # where a link leads to, and where it lies
                     raise InputError(f"{file} is an input and lies in --output_dir {self.output_dir}, "
                                      "which this run would write to; choose another --output_dir")
             self.lock = lock(self.output_dir)
@@ -131,7 +144,8 @@ class Run:
     def _claim(self) -> None:
         run = self.same_inputs()
         if run is None and (self.output_dir / "run.json").is_file():  # overwrite_output_dir
-            for path in self.output_dir.iterdir():
+            # run.json last: until then the same command can be given again.
+            for path in sorted(self.output_dir.iterdir(), key=lambda path: path.name == "run.json"):
                 if path.name != LOCK:
                     remove(path)
         # Delete temporary files of a killed run. Without a run here, only those that are surely ours.
@@ -146,6 +160,12 @@ class Run:
         if distributed.rank() == 0 and (read_run(self.output_dir) or {}).get("finished"):
             self._write({"finished": False})
 
+    def require_directory(self) -> None:
+        """Raise Failed if the directory was deleted after `claim`: another run may have it now."""
+        if distributed.rank() == 0 and os.fstat(self.lock.fileno()).st_nlink == 0:
+            raise Failed(f"{self.output_dir} was deleted while this run wrote to it; the same "
+                         "command starts afresh")
+
     def say(self, *lines: object) -> None:
         """Print on rank 0."""
         if distributed.rank() == 0:
@@ -153,12 +173,14 @@ class Run:
 
     def finish(self, outputs: Sequence[str], **results: Any) -> None:
         """Mark the run as finished, with the hashes of its outputs, and leave the process group."""
+        self.require_directory()
         if distributed.rank() == 0:
             written = hash_files(self.output_dir / name for name in outputs)
             self._write({"finished": True,
                          "outputs": {Path(name).name: digest for name, digest in written.items()},
                          "counts": {count.name: count.as_dict() for count in self.counts},
                          "seconds": round(time.time() - self.started, 1), **results})
+            self.cleanup()
             self.lock.close()
         self.say(f"{self.output_dir}: {', '.join(outputs)}, run.json")
         distributed.leave_process_group()
@@ -167,6 +189,9 @@ class Run:
         run = {"stage": self.stage, **state, "config": dataclasses.asdict(self.cfg), **describe(),
                "parent": getattr(self.cfg, "model_name_or_path", None), "date": self.date,
                "inputs": self.inputs}
+        self._put(run)
+
+    def _put(self, run: dict) -> None:
         with atomic_write(self.output_dir / "run.json") as handle:
             json.dump(run, handle, indent=2)
             handle.write("\n")
@@ -179,7 +204,7 @@ def read_run(output_dir: str | Path) -> dict | None:
         return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); delete the directory and run again") from None
     if not isinstance(run, dict) or not {"stage", "finished"} <= run.keys():
         raise InputError(f"{path}: not a run.json of srit; choose another directory")
@@ -191,7 +216,8 @@ def read_resumable(output_dir: str | Path) -> dict | None:
     run = read_run(output_dir)
     kinds = {"stage": str, "finished": bool, "config": dict, "inputs": dict, "date": str}
     if run is not None and (any(not isinstance(run.get(key), kind) for key, kind in kinds.items())
-                            or not isinstance(run.get("steps", 0), int)):
+                            or not isinstance(run.get("steps", 0), int)
+                            or not isinstance(run.get("outputs", {}), dict)):
         raise InputError(f"{output_dir}: its run.json is another version's, which did not record the "
                          "inputs; choose another directory")
     return run
@@ -210,17 +236,22 @@ def read_same(output_dir: Path, stage: str, cfg: Any, changeable: set[str], advi
 
 def settings_difference(run: dict, cfg: Any, changeable: set[str]) -> str | None:
     """As `config_difference`, of a recorded run and cfg; no date in cfg means the run's."""
-    settings = dataclasses.asdict(cfg)
-    if settings.get("date") is None:
-        settings["date"] = run["date"]
-    return config_difference(run["config"] | {"date": run["date"]}, settings, changeable)
+    if getattr(cfg, "date", None) is None:
+        return config_difference(run["config"], cfg, {*changeable, "date"})
+    return config_difference(run["config"] | {"date": run["date"]}, cfg, changeable)
 
 
-def config_difference(old: dict, new: dict, changeable: set[str] = CHANGEABLE) -> str | None:
-    """The first setting that differs and may not, as text; None if there is none."""
-    for key in new:
-        if key not in changeable and old.get(key) != new[key]:
-            return f"{key} was {old.get(key)!r}, now {new[key]!r}"
+def config_difference(old: dict, cfg: Any, changeable: set[str]) -> str | None:
+    """The first setting that differs and may not, as text; None if there is none.
+
+    One that did not exist yet had what is now its default.
+    """
+    new = dataclasses.asdict(cfg)
+    for field in dataclasses.fields(cfg):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        before, now = old.get(field.name, default), new[field.name]
+        if field.name not in changeable and before != now:
+            return f"{field.name} was {before!r}, now {now!r}"
     return None
 
 
@@ -283,8 +314,10 @@ def describe() -> dict:
 
 def _commit() -> str | None:
     """The commit of srit's own source tree; None for an installed package, or without git."""
-    tree = Path(srit.__file__).resolve().parent.parent
-    if not (tree / ".git").exists() or shutil.which("git") is None:
+    package = Path(srit.__file__).resolve().parent
+    tree = package.parent
+    # An installed package, which may lie in somebody's repository, holds train/ itself.
+    if (package / "train").exists() or not (tree / ".git").exists() or shutil.which("git") is None:
         return None
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=tree,
                          capture_output=True, text=True, check=False)

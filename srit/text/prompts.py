@@ -3,10 +3,12 @@
 SFT, sampling, DPO and evaluation all use these functions, so all stages see the same prompts.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from srit.config import PromptConfig
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import check_spans
 from srit.text.tokenizer import Tokenizer
@@ -16,8 +18,15 @@ Message = dict[str, str]
 INSTRUCTIONS = {
     "math": "Answer the following mathematical question with numerical solution.",
     "choice": "Choose the answer to the question only from options {letters}.",
+    "expression": "Answer the following mathematical question, with the final answer in \\boxed{}.",
+    "exact": "Answer the following question.",
+    "json": "Answer the following question with one JSON object.",
+    "code": "Write a Python program that does the following, in one block of code.",
 }
-COT = " Let's think step by step"
+TEMPLATE = "{instruction}\nQuestion: {question}\nAnswer:{cot_suffix}"
+TEMPLATES = {"choice": "{instruction}\nQuestion: {question}\nChoices: {choices}\nAnswer:{cot_suffix}"}
+FIELD = re.compile(r"\{(instruction|question|choices|letters|cot_suffix)\}")
+DEFAULT = PromptConfig()
 
 
 class EmptyCompletion(InputError):
@@ -36,20 +45,32 @@ class Rendered:
     text: str
 
 
-def question_messages(row: dict, prompt_style: str) -> list[Message]:
-    """The user message for a question row: instruction, question and choices.
+def question_messages(row: dict, prompt_style: str, cfg: PromptConfig = DEFAULT) -> list[Message]:
+    """The messages for a question row: a system prompt, if any; instruction, question and choices.
 
-    It ends in "Answer:" (`direct`) or "Answer: Let's think step by step" (`cot`; Kojima et al. 2022).
+    By default they end in "Answer:" (`direct`) or "Answer: Let's think step by step" (`cot`; Kojima et
+    al. 2022). Braces in the texts that are no field of a template, as in \\boxed{}, stay as they are.
+    Raises InputError for another style, and for settings of a task that nobody judges.
     """
     if prompt_style not in ("direct", "cot"):
         raise InputError(f"prompt_style {prompt_style!r}: must be direct or cot")
-    lines = [INSTRUCTIONS[row["task"]], f"Question: {row['question'].strip()}"]
-    if row["task"] == "choice":
-        lines[0] = lines[0].format(letters=", ".join(row["choices"]))
-        options = " ".join(f"{letter}) {text}" for letter, text in row["choices"].items())
-        lines.append(f"Choices: {options}")
-    lines.append("Answer:" + (COT if prompt_style == "cot" else ""))
-    return [{"role": "user", "content": "\n".join(lines)}]
+    for name in (*cfg.instruction, *cfg.prompt_template):
+        if name not in INSTRUCTIONS and cfg.verifier is None:
+            raise InputError(f"instruction or prompt_template of task {name!r}: the tasks are "
+                             f"{', '.join(INSTRUCTIONS)}")
+    task = row["task"]
+    choices = row["choices"] if task == "choice" else {}
+    values = {"question": row["question"].strip(), "letters": ", ".join(choices),
+              "choices": " ".join(f"{letter}) {text}" for letter, text in choices.items()),
+              "cot_suffix": cfg.cot_suffix if prompt_style == "cot" else ""}
+
+    def fill(template: str) -> str:
+        return FIELD.sub(lambda found: values.get(found[1], found[0]), template)
+
+    values["instruction"] = fill(cfg.instruction.get(task, INSTRUCTIONS.get(task, "")))
+    text = fill(cfg.prompt_template.get(task, TEMPLATES.get(task, TEMPLATE)))
+    system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
+    return [*system, {"role": "user", "content": text.lstrip()}]  # without an instruction: a blank line
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
@@ -106,8 +127,11 @@ def render(tokenizer: Tokenizer, prompt: str | Sequence[Message],
     return Rendered(ids + answer_ids, [False] * len(ids) + mask, text)
 
 
-def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
-    """A whole conversation as ids. Every assistant turn is trained, with its end of turn.
+def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Rendered]:
+    """A conversation as ids. Every assistant turn is trained once, with its end of turn.
+
+    One sequence, unless the template rewrites earlier turns, as Qwen3's takes the thoughts out of them:
+    then the turns from there on are another sequence, and each stands behind what generation would see.
 
     The mask relies on prefixes: the text before a turn, with the generation prompt, must be a prefix
     of the text that includes the turn. Raises InputError if the template violates this or does not end
@@ -118,31 +142,35 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Re
         for m in _messages(messages)
     ])
     end = tokenizer.backend.id_to_token(tokenizer.turn_end_id)
-    ids: list[int] = []
-    mask: list[bool] = []
+    sequences: list[Rendered] = []
     done = ""
     for at, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = tokenizer.apply_chat_template(messages[:at], add_generation_prompt=True)
         after = tokenizer.apply_chat_template(messages[: at + 1], add_generation_prompt=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise InputError("the chat template rewrites earlier turns; train on prompt/completion "
-                             "rows instead")
+        if not after.startswith(before):
+            raise InputError("the chat template does not go on with an assistant turn where it asks "
+                             "for one; train on prompt/completion rows instead")
         answer, ended, _ = after[len(before) :].rpartition(end)
         if not ended:
             raise InputError(f"the chat template does not end an assistant turn with {end!r}; "
                              "train on prompt/completion rows instead")
+        if not (sequences and before.startswith(done)):
+            sequences.append(Rendered([], [], ""))
+            done = ""
         # Encode after an end of turn: some tokenizers treat the start of a text specially.
         prompt = tokenizer.encode_marked((end if done else "") + before[len(done) :])
         prompt = prompt[1 if done else 0 :]
         trained = [*tokenizer.encode_marked(answer), tokenizer.turn_end_id]
-        ids += prompt + trained
-        mask += [False] * len(prompt) + [True] * len(trained)
         done = before + answer + end
-    if not ids:
+        last = sequences[-1]
+        sequences[-1] = Rendered(
+            last.ids + prompt + trained,
+            last.mask + [False] * len(prompt) + [True] * len(trained), tokenizer.unmark(done))
+    if not sequences:
         raise InputError("the conversation has no assistant turn")
-    return Rendered(ids, mask, tokenizer.unmark(done))
+    return sequences
 
 
 def _own_characters(forced: list, text: str) -> bytearray:

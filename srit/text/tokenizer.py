@@ -63,8 +63,9 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any],
                  template: str | None, stop_ids: Sequence[int] = (), source: str = "",
-                 today: str | None = None) -> None:
+                 today: str | None = None, template_kwargs: dict[str, Any] | None = None) -> None:
         self.backend, self.settings, self.source, self.today = backend, settings, source, today
+        self.template_kwargs = template_kwargs or {}
         self.tokens = {name: _token_text(settings[name], name, source) for name in TOKEN_NAMES
                        if settings.get(name) is not None}
         for index in stop_ids:
@@ -88,6 +89,10 @@ class Tokenizer:
         if template is None:
             template = ("{{- bos_token -}}\n" if self.adds_bos else "") + DEFAULT_TEMPLATE
         self.chat_template = template
+        for name in self.template_kwargs:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise InputError(f"{source}: --chat_template_kwargs {name}: the chat template has no "
+                                 "such variable")
         self.turn_end_id = self._turn_end()
         self.stop_ids = frozenset((self.eos_id, self.turn_end_id, *stop_ids))
         self.controls = self._controls()  # {id: text} of the tokens that only a template may write
@@ -209,7 +214,7 @@ class Tokenizer:
                             add_generation_prompt: bool) -> str:
         """The conversation as text. Raises InputError with the template's error message."""
         variables = {"messages": list(messages), "tools": None, "documents": None,
-                     "add_generation_prompt": add_generation_prompt,
+                     "add_generation_prompt": add_generation_prompt, **self.template_kwargs,
                      **{name: token for name, token in self.tokens.items() if token}}
         try:
             return chat_template.render(self.chat_template, variables, self.today)
@@ -245,16 +250,18 @@ class Tokenizer:
             handle.write(self.chat_template)
 
 
-def load_tokenizer(name: str | Path, today: str | None = None) -> Tokenizer:
+def load_tokenizer(name: str | Path, today: str | None = None,
+                   template_kwargs: dict[str, Any] | None = None) -> Tokenizer:
     """The tokenizer of a model directory, hub id, .gguf file or package file.
 
     today: the ISO date that its chat template shows; by default the real one.
+    template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
     """
     path = resolve(name)
     if path.suffix == ".gguf":
         from srit.text.gguf_tokenizer import read_gguf_tokenizer
 
-        return Tokenizer(*read_gguf_tokenizer(path), str(path), today)
+        return Tokenizer(*read_gguf_tokenizer(path), str(path), today, template_kwargs)
     file = path / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{path}: no tokenizer.json; convert the tokenizer with "
@@ -269,7 +276,8 @@ def load_tokenizer(name: str | Path, today: str | None = None) -> Tokenizer:
         stops += value if isinstance(value, list) else [] if value is None else [value]
     if settings.get("eos_token") is None and stops and is_integer(stops[0], 0, TOKEN_ID):
         settings["eos_token"] = backend.id_to_token(stops[0])
-    return Tokenizer(backend, settings, _chat_template(path, settings), stops, str(path), today)
+    return Tokenizer(backend, settings, _chat_template(path, settings), stops, str(path), today,
+                     template_kwargs)
 
 
 def _chat_template(path: Path, settings: dict[str, Any]) -> str | None:

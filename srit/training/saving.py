@@ -142,7 +142,7 @@ class Checkpoints:
         already, and for a checkpoint of other inputs or settings, of another reference model, or with
         another number of rows, pairs or bins to a step.
         """
-        state, settings = TrainState(), dataclasses.asdict(self.cfg)
+        self.run, state = run, TrainState()
         found = find_checkpoint(self.output_dir, self.cfg.resume_from_checkpoint)
         run.end_if_finished(total_steps)
         if found is not None:
@@ -153,7 +153,9 @@ class Checkpoints:
             if state.inputs != run.inputs:
                 raise InputError(f"{found}: was trained on other files, or from another model: "
                                  "resume with those, or start afresh in another --output_dir")
-            if changed := config_difference(state.config, settings, CHANGEABLE | BATCH):
+            before = state.config | {"date": state.config.get("date") or run.date}
+            settings = dataclasses.replace(self.cfg, date=run.date)
+            if changed := config_difference(before, settings, CHANGEABLE | BATCH):
                 raise InputError(f"{found}: was trained with other settings: {changed}; resume with "
                                  "those, or start afresh in another --output_dir")
             if state.batch_size != step_size:
@@ -175,11 +177,15 @@ class Checkpoints:
         run.reopen()
         run.cleanup = self._remove_interruptions
         state.total_steps, state.batch_size, state.reference = total_steps, step_size, reference
-        state.inputs, state.config = run.inputs, settings
+        state.inputs, state.config = run.inputs, dataclasses.asdict(self.cfg)
         return state
 
     def save_if_due(self, state: TrainState, log: MetricsLog) -> None:
-        """Write checkpoint-N when one is due or the run was asked to stop; then raise Stopped."""
+        """Write checkpoint-N when one is due or the run was asked to stop; then raise Stopped.
+
+        Raises Failed when the directory was deleted meanwhile.
+        """
+        self.run.require_directory()
         asked = distributed.any_rank(shutdown.requested()) and state.step < state.total_steps
         if not asked and not (self.cfg.save_steps and state.step % self.cfg.save_steps == 0):
             return

@@ -1,12 +1,16 @@
 """`srit COMMAND`: every command starts and shows its help, at once."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 
 import srit
+from srit import config
 from srit.commands.cli import COMMANDS, main
+from srit.help import GROUPS, MOST_USED, print_help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -16,6 +20,33 @@ def test_every_command_has_help(command, monkeypatch, capsys):
         main()
     assert stopped.value.code in (0, None)
     assert f"usage: srit {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_flag_once_the_most_used_ones_first(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["srit", command, "--help"])
+    monkeypatch.setenv("COLUMNS", "100")  # one column
+    with pytest.raises(SystemExit):
+        main()
+    panel = re.compile(r"^\W*(?:\w+ )?options +(?:─|$)", re.M)
+    first, *groups = panel.split(capsys.readouterr().out)[1:]
+    flags, more = (re.findall(r"^\W* --(\w+)", text, re.M) for text in (first, "".join(groups)))
+    known = [field.name for field in dataclasses.fields(COMMANDS[command][1])]
+    assert sorted({"config", *known}) == sorted(flags + more)
+    if groups:
+        assert flags[0] == "config" and len(flags) <= 11 and len(groups) >= 3
+
+
+def test_help_has_the_text_of_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        print_help(config.DPOConfig, "srit dpo")
+    out = capsys.readouterr().out
+    for group in ("model", "data", "prompts", "optimization", "LoRA", "checkpoints", "logging"):
+        assert f"{group} options" in out
+    assert "other options" not in out and "How strongly the policy is held" in out
+    for cls in (config.SFTConfig, config.DPOConfig, config.SampleConfig, config.EvalConfig):
+        named = {name for names in (MOST_USED, *GROUPS.values()) for name in names}
+        assert {field.name for field in dataclasses.fields(cls)} <= named
 
 
 def test_help_and_errors_in_flags_do_not_wait_for_torch():

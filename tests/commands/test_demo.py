@@ -2,14 +2,22 @@
 
 import json
 
+import pytest
+
 from srit.commands import demo
-from srit.commands.config import DEMO_RECIPE
+from srit.commands.config import DEMO_RECIPE, DemoConfig
 from srit.commands.progress import Progress
+from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_jsonl
 
 
 def test_the_default_recipe_exists():
     assert DEMO_RECIPE.is_file()
+
+
+def test_no_seed_is_refused():
+    with pytest.raises(InputError, match="--seeds: name at least one"):
+        DemoConfig(seeds=())
 
 
 def test_test_questions_are_in_no_other_file(tmp_path):
@@ -32,10 +40,12 @@ def test_the_table_of_seeds_has_every_model_and_domain(tmp_path, monkeypatch):
             folder = tmp_path / f"seed-{seed}" / name
             folder.mkdir(parents=True)
             found = {"n": 400, "accuracy": accuracy}
-            results = {"in_domain": found, "out_of_domain": {"n": 300, "accuracy": 0.01}}
+            results = {"calculator": True, "in_domain": found,
+                       "out_of_domain": {"n": 300, "accuracy": 0.01}}
             (folder / "results.json").write_text(json.dumps(results))
             run = {"stage": "eval", "finished": True, "commit": "abc",
-                   "versions": {"torch": "2"}, "machine": "M"}
+                   "versions": {"torch": "2"}, "machine": "M",
+                   "outputs": {"results.json": "0"}}
             (folder / "run.json").write_text(json.dumps(run))
             (folder / "generations.jsonl").touch()
             runs[name] = run
@@ -44,4 +54,5 @@ def test_the_table_of_seeds_has_every_model_and_domain(tmp_path, monkeypatch):
     text = demo.seeds_table(roots, tmp_path / "seeds.csv").splitlines()
     assert text[2].split() == ["seed", "1", "5.0%", "30.0%", "50.0%", "1.0%", "1.0%", "1.0%"]
     rows = (tmp_path / "seeds.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 6 and rows[3] == "0,self-refined,in_domain,400,0.4,abc,2,M"
+    assert len(rows) == 1 + 2 * 6 and rows[3] == "0,self-refined,True,in_domain,400,0.4,abc,2,M"
+    assert text[0].startswith("accuracy, with the calculator ")

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from srit.commands.demo_data import EQUATION, PEOPLE, PROBLEMS, THINGS, generate, problem, solve
-from srit.grading.answers import grade
+from srit.grading.judge import grade
+from srit.text.arithmetic import result
 
 EQUATIONS = re.compile(r"(\d+) ([+*-]) (\d+) = (\d+)")
 VALUE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -29,6 +30,15 @@ def test_explanations_add_up_and_end_in_the_answer(domain):
         given = set(re.findall(r"\d+", row["question"]))
         results = set(re.findall(r"= (\d+)", row["completion"]))
         assert set(re.findall(r"\d+", row["completion"])) <= given | results
+
+
+@pytest.mark.parametrize("domain", PROBLEMS)
+def test_the_calculator_can_do_every_step(domain):
+    rng = random.Random(0)
+    for _ in range(300):
+        text = problem(rng, domain)["completion"]
+        for step in EQUATIONS.finditer(text):
+            assert result(text[:step.start(4) - 1]) == f" {step[4]}", text
 
 
 def test_one_demonstration_in_ten_is_wrong_and_four_in_ten_skip_the_steps():

@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
-from fake_run import NAMES, fake_run
+from fake_run import NAMES, RECIPE, fake_run
 from tiny import write_rows
 
 from srit.commands.chart import line_chart, ticks
 from srit.commands.report import ReportConfig, change, describe, main, verdicts, write_report
+from srit.commands.run import accuracy_table
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_jsonl
 
@@ -51,7 +52,7 @@ def test_accuracies_are_those_of_the_generations(tmp_path):
     root = fake_run(tmp_path / "fake")
     rows = read_jsonl(root / "eval-sft/generations.jsonl")
     expected = sum(r["correct"] for r in rows if r["dataset"] == "sums") / 60
-    found = describe(root)["accuracy"][0]
+    found = describe(root)["ways"][0]["accuracy"][0]
     assert found["name"] == "sums" and found["in_domain"] and found["n"] == 60
     assert found["cells"][1]["accuracy"] == pytest.approx(expected)
     low, high = found["cells"][1]["interval"]
@@ -91,11 +92,71 @@ def test_an_unfinished_run_is_reported_as_far_as_it_got(tmp_path):
     assert "Baseline" in page and "No generations of" in page
 
 
+def test_only_runs_that_differ_by_their_seed_are_combined(tmp_path, monkeypatch):
+    roots = [fake_run(tmp_path / str(seed), seed) for seed in range(2)]
+    with pytest.raises(InputError, match="names one directory twice"):
+        write_report([roots[0], roots[1] / ".." / "0"])
+    monkeypatch.setattr("fake_run.RECIPE", RECIPE.replace("2e-4", "3e-4"))
+    other = fake_run(tmp_path / "other")
+    with pytest.raises(InputError, match=f"{other} has other settings than {roots[0]}"):
+        write_report([*roots, other])
+
+
 def test_several_runs_add_a_combined_table(tmp_path):
     roots = [fake_run(tmp_path / str(s), seed=s) for s in range(3)]
     page = write_report(roots).read_text()
     assert "3 runs" in page
-    assert "### 3 runs" in (roots[0] / "report.md").read_text()
+    markdown = (roots[0] / "report.md").read_text()
+    values = [describe(root)["ways"][0]["accuracy"][0]["cells"][1]["accuracy"] for root in roots]
+    each = ", ".join(f"{100 * value:.1f}" for value in values)
+    assert f"| {100 * sum(values) / 3:.1f} % ({each}) |" in markdown.split("### 3 runs")[1]
+    assert f"<small>{each}</small>" in page
+
+
+def parts(markdown):
+    """{heading: what stands below it}"""
+    found = [part.partition("\n") for part in markdown.split("\n## ")[1:]]
+    return {heading: text for heading, _, text in found}
+
+
+def test_without_and_with_the_calculator_are_two_tables(tmp_path):
+    root = fake_run(tmp_path / "both", calculator="both")
+    page = write_report([root]).read_text()
+    below = parts((root / "report.md").read_text())
+    marks = {", without the calculator": "", ", with the calculator": "_calculator"}
+    for mark, end in marks.items():
+        results = json.loads((root / f"eval-dpo/results{end}.json").read_text())
+        accuracy = results["files"]["sums.jsonl"]["accuracy"]
+        rows = [read_jsonl(root / f"eval-{name}/generations{end}.jsonl") for name in ("sft", "dpo")]
+        before, after = ([r["correct"] for r in own if r["dataset"] == "sums"] for own in rows)
+        row = next(line for line in below[f"Accuracy{mark}"].splitlines() if line.startswith("| sums"))
+        assert f"| {100 * accuracy:.1f} % (" in row
+        assert f"| {changed(before, after)['points']:+.1f} (p = " in row
+        assert f"In domain{mark}: " in page and f"How they answer{mark}</h3>" in page
+        assert ("With it is" in below[f"Generations{mark}"]) == bool(end)
+    table = accuracy_table(root)
+    assert all(f"data set{mark} " in table for mark in marks)
+
+
+def test_what_was_answered_with_the_calculator_alone_says_so(tmp_path):
+    root = fake_run(tmp_path / "with", calculator=True)
+    write_report([root])
+    below = parts((root / "report.md").read_text())
+    assert [heading for heading in below if heading.startswith("Accuracy")] == [
+        "Accuracy, with the calculator"]
+    assert accuracy_table(root).startswith("data set, with the calculator ")
+    with pytest.raises(InputError, match="other settings.*report each alone"):
+        write_report([fake_run(tmp_path / "without"), root])
+
+
+def test_the_report_says_how_samples_were_drawn(tmp_path):
+    root = fake_run(tmp_path / "with", calculator=True)
+    for text in (write_report([root]).read_text(), (root / "report.md").read_text()):
+        assert ("The 2 answers of sample were drawn with the calculator; 1 of them hold results that "
+                "it wrote." in text)
+        assert "In 1 pairs a side holds results of the calculator" in text
+    plain = write_report([fake_run(tmp_path / "without")]).read_text()
+    assert "The 2 answers of sample were drawn without the calculator." in plain
 
 
 def test_question_texts_can_be_left_out(tmp_path):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_run import fake_run
 from tiny import demo, metrics, question, tiny_checkpoint, write_rows
 
 from srit.commands import run
@@ -225,6 +226,25 @@ def test_templates_show_one_date_in_all_stages_of_a_run(recipe, monkeypatch):
     assert {stage.kind: stage.values.get("date") for stage in started[1:]} == {
         "eval": "1999-12-31", "sft": "1999-12-31", "sample": "1999-12-31", "pair": None,
         "dpo": "1999-12-31"}
+
+
+def test_a_directory_without_a_date_goes_on_with_that_of_its_stages(recipe, monkeypatch):
+    (recipe.parent / "fake").mkdir()
+    out = fake_run(recipe.parent / "out", names=("eval-base", "sft"))
+    recipe.write_text((out / "recipe.yaml").read_text())
+    started = ends_with(monkeypatch, Stopped(""))
+    monkeypatch.setattr(run, "check_inputs", lambda plan: None)
+    with pytest.raises(Stopped):
+        main(RunConfig(str(recipe)))
+    assert started[0].name == "eval-sft" and started[0].values["date"] == "2000-02-29"
+
+
+def test_a_data_set_in_domain_that_is_not_evaluated_is_named(recipe):
+    recipe.write_text(recipe.read_text().replace("in_domain: [near]", "in_domain: [naer]"))
+    with pytest.raises(InputError, match="in_domain names 'naer', which no eval file is called; they"
+                                         " are called .'far', 'near'."):
+        main(RunConfig(str(recipe)))
+    assert not (recipe.parent / "out").exists()
 
 
 def test_a_lost_terminal_stops_the_run(recipe):

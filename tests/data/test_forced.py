@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from srit.config import PairConfig
 from srit.data.batches import collate_examples, collate_pairs
 from srit.data.examples import read_pairs, read_sft
-from srit.grading.answers import grade
+from srit.grading.judge import grade
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_jsonl
 from srit.text.prompts import render

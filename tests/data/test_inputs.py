@@ -5,6 +5,7 @@ import pytest
 from srit.config import DPOConfig, EvalConfig, PairConfig, SampleConfig, SFTConfig
 from srit.data.inputs import stage_inputs
 from srit.grading.judge import judge_files
+from srit.text.prompts import DEFAULT
 
 
 @pytest.mark.parametrize("cfg, graded", [
@@ -16,4 +17,4 @@ def test_a_stage_that_grades_has_the_judge_among_its_inputs(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     files = stage_inputs(cfg)
     assert "f" in map(str, files)
-    assert (set(judge_files()) <= set(files)) == graded
+    assert (set(judge_files(DEFAULT)) <= set(files)) == graded

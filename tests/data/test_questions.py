@@ -31,7 +31,7 @@ def test_blank_lines_are_skipped_but_counted_in_line_numbers(tmp_path):
     ([{**GOOD, "task": "poem"}], "'task' must be one of"),
     ([{**GOOD, "question": " "}], "'question' is empty"),
     ([{**GOOD, "task": "choice"}], "no field 'choices'"),
-    ([{**GOOD, "task": "choice", "choices": {"A": "x"}, "answer": "B"}], "not one of the choices"),
+    ([{**GOOD, "task": "choice", "choices": {"A": "x"}, "answer": "B"}], "must be one of the choices"),
     ([{**GOOD, "task": "choice", "choices": {"A": 5}, "answer": "A"}],
      "choice 'A' must be a string, got 5"),
     ([{**GOOD, "task": "choice", "choices": {str(n): "x" for n in range(27)}, "answer": "1"}],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srit.grading.answers import grade
+from srit.grading.judge import grade
 from srit.grading.numerals import equal, numbers
 
 # Each case: text, flexible answer, strict answer.
@@ -149,6 +149,11 @@ def test_any_text_gets_a_grade_and_trailing_space_does_not_change_it(text):
     ("-3", "3", False), ("0", "0", True), ("0.000001", "0", False), ("50%", "50", True)])
 def test_equality_is_relative_and_tight(a, b, same):
     assert equal(numbers(a)[0], numbers(b)[0]) == same
+
+
+def test_a_number_beyond_floats_is_shown_as_a_fraction():
+    found = grade(f"The answer is {'9' * 280}/7e99.", {"task": "math", "answer": "5"})
+    assert found.extracted.endswith("/7") and not found.correct
 
 
 def test_grade_handles_both_tasks():

@@ -119,6 +119,26 @@ def test_closest_length_prefers_sides_of_similar_length():
         (RIGHT, WRONG)]
 
 
+def test_scores_make_pairs_by_their_margin():
+    rows = [sample(0, "cot", n, f"{n}. The answer is {n}.", False, score=score)
+            for n, score in enumerate((0.4, 0.6, 0.7, 0.7))]
+    pairs, _ = build_pairs(rows, [], "scored", max_pairs_per_question=9, min_margin=0.3)
+    assert {(p["chosen_score"], p["rejected_score"]) for p in pairs} == {(0.7, 0.4)}
+    nothing, counts = build_pairs(rows, [], "scored", min_margin=0.8)
+    assert not nothing and counts[1].dropped == {"no two scores 0.8 apart": 1}
+    nothing, counts = build_pairs([sample(0, "direct", 0, "7", True)], [], "scored", min_margin=0.8)
+    assert not nothing and counts[1].dropped == {"no CoT answer": 1}
+
+
+def test_a_chosen_answer_never_scores_less_and_answers_without_scores_have_1_and_0():
+    rows = [sample(0, "cot", 0, RIGHT, True, score=0.6), sample(0, "direct", 0, "7", True, score=0.8),
+            sample(0, "direct", 1, "8", False)]
+    pairs, _ = build_pairs(rows, [], "paper", max_pairs_per_question=9)
+    assert [(p["chosen_score"], p["rejected_score"]) for p in pairs] == [(0.6, 0)]
+    pairs, _ = build_pairs(SAMPLES, [], "correctness", min_margin=1)
+    assert [(p["chosen_score"], p["rejected_score"]) for p in pairs] == [(1, 0)]
+
+
 def test_counts_cover_every_row():
     rows = SAMPLES + [sample(1, "cot", 0, RIGHT, True), sample(2, "direct", 0, "8", False)]
     for policy in ("paper", "correctness", "mixed"):
@@ -158,6 +178,8 @@ def test_the_stage_writes_pairs_and_counts(tmp_path, capsys):
     ([{k: v for k, v in SAMPLES[0].items() if k != "extracted"}], ":1: the row has no field 'extr"),
     ([{**SAMPLES[0], "extracted": 7}], "field 'extracted' must be str . None, got int"),
     ([{**SAMPLES[0], "task": "poem"}], ":1: field 'task' must be one of"),
+    ([{**SAMPLES[0], "answer": "x^2"}], ":1: answer must be one number"),
+    ([{**SAMPLES[0], "score": 2}], ":1: score must be a number from 0 to 1, got 2"),
 ])
 def test_bad_samples_are_named(tmp_path, rows, message):
     file = write_rows(tmp_path / "samples.jsonl", rows)

@@ -8,8 +8,10 @@ import torch
 from tiny import tiny_checkpoint
 
 from srit.models import load_model
+from srit.models.load import model_files
 from srit.models.lora import add_lora, disabled, load_adapter, lora_parameters, merge, save_adapter
 from srit.runtime.files import InputError
+from srit.text.tokenizer import load_tokenizer
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -111,6 +113,14 @@ def test_an_adapter_written_by_peft_is_read(base, tmp_path):
     load_adapter(ours, tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_no_model_and_says_how_to_make_one(model, base, tmp_path):
+    save_adapter(trained(model, r=4), tmp_path / "adapter", str(base))
+    command = f"srit convert --model_name_or_path {base} --adapter {tmp_path / 'adapter'} --output_dir"
+    for load in (load_model, load_tokenizer, model_files):
+        with pytest.raises(InputError, match=f"an adapter of {base}, not a model; .*: {command}"):
+            load(str(tmp_path / "adapter"))
 
 
 def edit(directory, **changes):

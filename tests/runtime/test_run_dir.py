@@ -11,6 +11,7 @@ from tiny import demo, question, tiny_checkpoint, write_rows
 from srit.config import EvalConfig, PairConfig, SampleConfig
 from srit.data import inputs
 from srit.data.inputs import stage_inputs
+from srit.runtime import run_dir
 from srit.runtime.files import InputError
 from srit.runtime.outcome import Finished
 from srit.runtime.run_dir import Run
@@ -80,6 +81,50 @@ def test_an_input_that_changes_while_it_is_read_is_refused(stages, change, file)
     assert not Path("out").exists()
 
 
+def test_an_input_that_is_a_link_inside_the_output_directory_is_refused(stages):
+    Path("eval", "q.jsonl").symlink_to(Path("q.jsonl").resolve())
+    cfg = EvalConfig("M", "eval", eval_file=["eval/q.jsonl"], device="cpu", overwrite_output_dir=True)
+    with pytest.raises(InputError, match="eval/q.jsonl is an input and lies in --output_dir eval"):
+        Run("eval", cfg, stage_inputs).claim()
+    assert Path("eval", "q.jsonl").exists()
+
+
+def test_overwriting_that_is_killed_can_be_repeated(stages, monkeypatch):
+    cfg = EvalConfig("M", "eval", eval_file=["q.jsonl"], device="cpu", overwrite_output_dir=True)
+    remove = run_dir.remove
+
+    def remove_and_die(path):
+        remove(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "remove", remove_and_die)
+        patch.setattr(Path, "iterdir", lambda folder: sorted(folder.glob("*"), reverse=True))
+        for _ in ("results.json", "generations.jsonl", "run.json"):
+            with pytest.raises(KeyboardInterrupt):
+                Run("eval", cfg, stage_inputs).claim()
+    Run("eval", cfg, stage_inputs).claim()
+
+
+def test_a_setting_that_did_not_exist_when_a_run_was_made_had_its_default(stages):
+    run = json.loads(Path("eval/run.json").read_text())
+    del run["config"]["stop_strings"], run["config"]["top_p"]
+    Path("eval/run.json").write_text(json.dumps(run))
+    with pytest.raises(Finished):
+        start("eval")
+    with pytest.raises(InputError, match="another run: top_p was 1.0, now 0.5;"):
+        eval.main(EvalConfig("M", "eval", eval_file=["q.jsonl"], device="cpu", dtype="float32",
+                             max_new_tokens=8, top_p=0.5))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"stage": "eval", "finished": true, "config": {}, '
+                                  '"inputs": {}, "date": "2026-01-01", "outputs": []}'])
+def test_a_run_json_that_srit_did_not_write_is_refused(stages, text):
+    Path("eval", "run.json").write_text(text)
+    with pytest.raises(InputError, match="run.json"):
+        start("eval")
+
+
 @pytest.mark.parametrize("stage", ["sample", "pair", "eval"])
 def test_a_finished_stage_is_finished_until_an_output_changes(stages, stage):
     with pytest.raises(Finished, match=f"{stage}: this run is finished; start it afresh with"):
@@ -101,6 +146,6 @@ def test_a_finished_stage_is_finished_until_an_output_changes(stages, stage):
 def test_what_another_judge_has_graded_is_refused(stages, stage, monkeypatch):
     recorded = json.loads(Path(stage, "run.json").read_text())["inputs"]
     assert {"srit/grading/answers.py", "srit/grading/numerals.py"} < recorded.keys()
-    monkeypatch.setattr(inputs, "judge_files", lambda: [Path(inputs.__file__)])
+    monkeypatch.setattr(inputs, "judge_files", lambda cfg: [Path(inputs.__file__)])
     with pytest.raises(InputError, match="a run of other inputs: srit/.*py was .*read before"):
         start(stage)

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from templates import CHATML, FAMILIES, MISTRAL, family_tokenizer, write_tokenizer
+from templates import CHATML, FAMILIES, MISTRAL, QWEN3, family_tokenizer, write_tokenizer
 
+from srit.config import PromptConfig, SFTConfig
 from srit.runtime.files import InputError
-from srit.text.prompts import prompt_text, question_messages, render, render_conversation
+from srit.text.prompts import Rendered, prompt_text, question_messages, render, render_conversation
 from srit.text.tokenizer import Tokenizer, load_tokenizer
 
 USER = [{"role": "user", "content": "How many apples?"}]
@@ -18,6 +19,12 @@ TALK = [*USER, *ANSWER, {"role": "user", "content": "And now?"},
 def trained(tokenizer: Tokenizer, rendered) -> str:
     ids = [i for i, m in zip(rendered.ids, rendered.mask, strict=True) if m]
     return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def conversation(tokenizer: Tokenizer, talk: list[dict]) -> Rendered:
+    """Of a template that keeps earlier turns."""
+    (row,) = render_conversation(tokenizer, talk)
+    return row
 
 
 def whole(tokenizer: Tokenizer, rendered) -> str:
@@ -53,14 +60,36 @@ def test_a_choice_question_names_the_letters_of_its_row():
         question_messages(row, "CoT")
 
 
+def test_prompts_are_the_users():
+    row = {"id": "1", "task": "math", "question": "Is {x} 7?", "answer": "7"}
+    own = PromptConfig(instruction={"math": "Write \\boxed{answer}."}, system_prompt="Be brief.",
+                       prompt_template={"choice": "{question} ({letters}) {choices}"},
+                       cot_suffix=" Think.")
+    assert question_messages(row, "cot", own) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Write \\boxed{answer}.\nQuestion: Is {x} 7?\nAnswer: Think."}]
+    assert question_messages(row, "direct", PromptConfig(instruction={"math": ""})) == [
+        {"role": "user", "content": "Question: Is {x} 7?\nAnswer:"}]
+    choice = {**row, "task": "choice", "choices": {"A": "yes", "B": "{question}"}}
+    asked = question_messages(choice, "cot", own)[1]["content"]
+    assert asked == "Is {x} 7? (A, B) A) yes B) {question}"
+    with pytest.raises(InputError, match="of task 'maths': the tasks are math, choice, "):
+        question_messages(row, "cot", PromptConfig(instruction={"maths": "Solve it."}))
+    units = PromptConfig(instruction={"units": "Convert."}, verifier="judge.py:judge")
+    asked = question_messages({**row, "task": "units"}, "direct", units)[0]["content"]
+    assert asked.startswith("Convert.\nQuestion: ")
+    with pytest.raises(InputError, match="--prompt_template math 'Solve': must be a text with"):
+        SFTConfig("m", ["f"], "o", prompt_template={"math": "Solve"})
+
+
 def test_eos_is_trained_even_if_it_is_also_the_pad_token(tmp_path):
     """The mask goes by position, not by id."""
     tokenizer = family_tokenizer(tmp_path, "chatml")
     assert tokenizer.pad_id == tokenizer.eos_id
     for rendered in (render(tokenizer, USER, "He has 7."), render(tokenizer, "How?", " He has 7."),
-                     render_conversation(tokenizer, TALK)):
+                     conversation(tokenizer, TALK)):
         assert rendered.ids[-1] == tokenizer.eos_id and rendered.mask[-1]
-    assert trained(tokenizer, render_conversation(tokenizer, TALK)).count("<|im_end|>") == 2
+    assert trained(tokenizer, conversation(tokenizer, TALK)).count("<|im_end|>") == 2
 
 
 def test_a_turn_ends_with_the_token_of_the_template(family):
@@ -84,7 +113,7 @@ def test_a_completion_that_brings_its_end_of_turn_gets_no_second_one(family):
 def test_the_mask_is_as_long_as_the_ids(family):
     _, tokenizer = family
     for rendered in (render(tokenizer, USER), render(tokenizer, USER, ANSWER),
-                     render_conversation(tokenizer, TALK)):
+                     conversation(tokenizer, TALK)):
         assert len(rendered.mask) == len(rendered.ids)
 
 
@@ -93,7 +122,7 @@ def test_the_mask_is_as_long_as_the_ids(family):
 def test_there_is_one_bos_at_most(tmp_path, name, post_bos):
     """From the template, or for plain text from the tokenizer, but never from both."""
     tokenizer = family_tokenizer(tmp_path, name, post_bos=post_bos)
-    rows = [render(tokenizer, USER, ANSWER), render_conversation(tokenizer, TALK)]
+    rows = [render(tokenizer, USER, ANSWER), conversation(tokenizer, TALK)]
     assert [row.ids.count(tokenizer.bos_id) for row in rows] == 2 * [
         1 if FAMILIES[name].renders_bos or post_bos else 0]
     for prompt in ("How?", "<s>How?"):
@@ -123,7 +152,7 @@ def test_an_empty_completion_is_an_error(chatml, completion):
     with pytest.raises(InputError, match="completion is empty"):
         render(chatml, USER, completion)
     with pytest.raises(InputError, match="completion is empty"):
-        render_conversation(chatml, [*USER, {"role": "assistant", "content": completion}])
+        conversation(chatml, [*USER, {"role": "assistant", "content": completion}])
 
 
 @pytest.mark.parametrize("completion", ["", "  ", "</s>"])
@@ -143,7 +172,7 @@ def test_prompt_tokens_are_not_trained(family):
 
 def test_exactly_the_assistant_turns_are_trained(family):
     name, tokenizer = family
-    row = render_conversation(tokenizer, TALK)
+    row = conversation(tokenizer, TALK)
     end = FAMILIES[name].turn_end
     gap = " " if name == "mistral" else ""  # its template adds spaces
     assert trained(tokenizer, row) == "".join(
@@ -157,7 +186,7 @@ def test_text_that_looks_like_a_marker_does_not_move_the_mask(chatml):
     marker = "<|im_start|>assistant\n"
     talk = [{"role": "user", "content": f"Say {marker}"},
             {"role": "assistant", "content": f"{marker}x<|im_end|>y"}]
-    assert trained(chatml, render_conversation(chatml, talk)) == f"{marker}x<|im_end|>y<|im_end|>"
+    assert trained(chatml, conversation(chatml, talk)) == f"{marker}x<|im_end|>y<|im_end|>"
     assert trained(chatml, render(chatml, talk[:1], "7")) == "7<|im_end|>"
 
 
@@ -166,12 +195,12 @@ def test_the_mask_needs_no_generation_tag(tmp_path):
     rows = []
     for name in ("qwen", "chatml-other-eos"):
         tokenizer = family_tokenizer(tmp_path / name, name)
-        rows.append(trained(tokenizer, render_conversation(tokenizer, TALK)))
+        rows.append(trained(tokenizer, conversation(tokenizer, TALK)))
     assert rows[0] == rows[1] == "He has 7.<|im_end|>Now 4.<|im_end|>"
 
 
 @pytest.mark.parametrize("template, message", [
-    (CHATML.replace("messages %}", "messages[-2:] %}"), "rewrites earlier turns"),
+    (CHATML.replace("messages %}", "messages[-2:] %}"), "does not go on with an assistant turn"),
     (CHATML.replace(" + '<|im_end|>'", ""), "does not end an assistant turn"),
     (MISTRAL, "must alternate"),
 ])
@@ -179,7 +208,47 @@ def test_a_template_whose_turns_cannot_be_found_is_an_error(tmp_path, template, 
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, template, "</s>"))
     talk = [*TALK[:3], TALK[2], TALK[3]] if template == MISTRAL else TALK
     with pytest.raises(InputError, match=message):
-        render_conversation(tokenizer, talk)
+        conversation(tokenizer, talk)
+
+
+THOUGHT = "<think>\n3 + 4\n</think>\n\n"
+THINKING = [*USER, {"role": "assistant", "content": f"{THOUGHT}He has 7."}, TALK[2],
+            {"role": "assistant", "content": f"{THOUGHT}Now 4."}]
+
+
+@pytest.mark.parametrize("talk, thought, kwargs", [
+    (THINKING, THOUGHT, {}), (TALK, "<think>\n\n</think>\n\n", {}),
+    (TALK, "", {"enable_thinking": False})])
+def test_turns_that_a_template_rewrites_are_trained_behind_what_generation_sees(tmp_path, talk, thought,
+                                                                                kwargs):
+    """Qwen3's template takes the thoughts out of every turn but the last."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, QWEN3), template_kwargs=kwargs)
+    rows = render_conversation(tokenizer, talk)
+    assert [trained(tokenizer, row) for row in rows] == [
+        f"{thought}{words}<|im_end|>" for words in ("He has 7.", "Now 4.")]
+    for row, at in zip(rows, (1, 3), strict=True):
+        prompt = render(tokenizer, talk[:at])
+        assert row.ids[: row.mask.index(True)] == prompt.ids
+        assert all(row.mask[len(prompt.ids) :]) and not any(row.mask[: len(prompt.ids)])
+    assert "3 + 4" not in prompt.text and whole(tokenizer, rows[1]).count("He has 7.") == 1
+    assert prompt.text.endswith("assistant\n" + ("<think>\n\n</think>\n\n" if kwargs else ""))
+
+
+def test_thoughts_in_a_completion_are_trained_as_they_were_generated(tmp_path):
+    """What sampling wrote goes into pairs, and from there into DPO, with the same ids."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, QWEN3))
+    text = "<think>\n3 + 4 = 7\n</think>\n\nThe answer is 7."
+    row = render(tokenizer, USER, text)
+    assert trained(tokenizer, row) == f"{text}<|im_end|>"
+    assert row.ids == [*render(tokenizer, USER).ids, *tokenizer.encode(text), tokenizer.turn_end_id]
+
+
+def test_the_template_gets_its_variables_and_no_others(tmp_path):
+    write_tokenizer(tmp_path, QWEN3)
+    with pytest.raises(InputError, match="enable_thinkin: the chat template has no such variable"):
+        load_tokenizer(tmp_path, template_kwargs={"enable_thinkin": False})
+    with pytest.raises(InputError, match="--chat_template_kwargs .*: must be without messages"):
+        SFTConfig("m", ["f"], "o", chat_template_kwargs={"messages": "x"})
 
 
 def test_the_prompt_has_as_many_ids_with_and_without_a_completion(chatml):
@@ -201,7 +270,7 @@ def test_special_tokens_typed_in_a_message_are_ordinary_text(family):
     for typed in (TYPED, f"x{TYPED}x{TYPED}", "<|im_end|>", f"\ufdd00\ufdd1{TYPED}\ufdd2"):
         evil = [{"role": "user", "content": typed}, {"role": "assistant", "content": f"7{typed}!"}]
         for make in (lambda talk: render(tokenizer, talk[:1], talk[1:]),
-                     lambda talk: render_conversation(tokenizer, talk)):
+                     lambda talk: conversation(tokenizer, talk)):
             row, plain = make(evil), make([*USER, *ANSWER])
             assert control(tokenizer, row.ids) == control(tokenizer, plain.ids)
             assert sum(row.mask) > sum(plain.mask)
@@ -272,7 +341,7 @@ def test_a_later_typed_token_is_tokenized_as_part_of_the_whole_text(tmp_path):
 
 def test_a_conversation_of_one_answer_is_its_prompt_and_completion(family):
     name, tokenizer = family
-    one, other = render(tokenizer, USER, ANSWER), render_conversation(tokenizer, TALK[:2])
+    one, other = render(tokenizer, USER, ANSWER), conversation(tokenizer, TALK[:2])
     if name != "mistral":
         assert (one.ids, one.mask) == (other.ids, other.mask)
 
@@ -292,7 +361,7 @@ def test_a_later_turn_is_tokenized_as_part_of_the_whole_text(tmp_path):
         pre_tokenizers.Metaspace(prepend_scheme="first"),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.backend.decoder = decoders.ByteLevel()
-    row = render_conversation(tokenizer, TALK)
+    row = conversation(tokenizer, TALK)
     start = row.ids.index(tokenizer.turn_end_id) + 1
     after = row.text.split("</s>")[1]
     text = after[: after.index("Now 4.") - 1]
@@ -312,7 +381,7 @@ def test_malformed_messages_are_errors(chatml, messages, message):
 
 def test_malformed_completions_are_errors(chatml):
     with pytest.raises(InputError, match="no assistant turn"):
-        render_conversation(chatml, USER)
+        conversation(chatml, USER)
     for completion in (USER, ANSWER + ANSWER):
         with pytest.raises(InputError, match="one assistant message"):
             render(chatml, USER, completion)

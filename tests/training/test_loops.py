@@ -15,7 +15,7 @@ from srit.data.examples import read_sft
 from srit.models import load_model
 from srit.runtime import shutdown
 from srit.runtime.files import InputError
-from srit.runtime.outcome import Diverged, Finished, Stopped
+from srit.runtime.outcome import Diverged, Failed, Finished, Stopped
 from srit.text.prompts import Rendered, question_messages, render
 from srit.text.tokenizer import load_tokenizer
 from srit.train import dpo, sft
@@ -168,6 +168,15 @@ def test_rpo_alpha_adds_the_mean_nll_of_the_chosen(tiny, tmp_path):
     chosen = render(load_tokenizer(str(tiny)), PAIRS[0]["prompt"], PAIRS[0]["chosen"])
     nll = -plain["logps/chosen"] / sum(chosen.mask)
     assert mixed["loss"] - plain["loss"] == pytest.approx(0.5 * nll, rel=1e-5)
+
+
+def test_a_base_that_an_adapter_keeps_frozen_is_in_the_compute_dtype(tiny, tmp_path):
+    """Everything that is trained, and every weight without an adapter, is float32."""
+    for peft, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        out = run_sft(tiny, tmp_path, f"{peft}", max_steps=2, dtype="bfloat16", use_peft=peft)
+        assert {tensor.dtype for tensor in weights(out).values()} == {expected}
+    adapter = load_file(tmp_path / "True" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
 
 
 def test_lora_exports_base_and_adapter_merged(tiny, tmp_path):
@@ -474,6 +483,55 @@ def test_a_finished_run_says_so(tiny, tmp_path):
     (tmp_path / "out" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="model.safetensors is gone; bring it back"):
         run_sft(tiny, tmp_path, "out", max_steps=1)
+
+
+def test_fewer_steps_than_were_trained_are_refused(tiny, tmp_path):
+    out = run_sft(tiny, tmp_path, "out", max_steps=4, save_steps=2)
+    before = (out / "run.json").read_text()
+    with pytest.raises(InputError, match="finished, after 4 steps; --max_steps or .* ask for 3"):
+        run_sft(tiny, tmp_path, "out", max_steps=3)
+    assert (out / "run.json").read_text() == before
+    (out / "run.json").write_text(before.replace('"finished": true', '"finished": false'))
+    with pytest.raises(InputError, match="checkpoint-4: is further than the 3 steps that --max_steps"):
+        run_sft(tiny, tmp_path, "out", max_steps=3)
+
+
+def test_other_settings_that_come_to_as_many_steps_are_recorded(tiny, tmp_path):
+    """A report compares them with the recipe."""
+    out = run_sft(tiny, tmp_path, "out", max_steps=2)
+    with pytest.raises(Finished):
+        run_sft(tiny, tmp_path, "out", max_steps=2, num_train_epochs=9.0)
+    run = json.loads((out / "run.json").read_text())
+    assert run["config"]["num_train_epochs"] == 9.0 and run["finished"] and run["steps"] == 2
+
+
+def test_a_date_that_is_that_of_the_run_goes_on(tiny, tmp_path):
+    settings = dict(max_steps=2, save_steps=1)
+    with shutdown.listening(max_time=1e-9), pytest.raises(Stopped):
+        run_sft(tiny, tmp_path, "out", **settings)
+    date = json.loads((tmp_path / "out" / "run.json").read_text())["date"]
+    run_sft(tiny, tmp_path, "out", date=date, **settings)
+
+
+def test_a_run_whose_directory_was_deleted_writes_no_more_into_it(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def start_afresh(log, *values):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+
+    monkeypatch.setattr(MetricsLog, "write", start_afresh)
+    with pytest.raises(Failed, match="out was deleted while this run wrote to it"):
+        run_sft(tiny, tmp_path, "out", max_steps=3)
+    assert not list(out.iterdir())
+
+
+def test_a_finished_run_that_may_not_go_on_stays_finished(tiny, tmp_path):
+    run_sft(tiny, tmp_path, "out", max_steps=2, save_steps=2)
+    with pytest.raises(InputError, match="a step was 8 rows, pairs or bins, and would now be 4"):
+        run_sft(tiny, tmp_path, "out", max_steps=4, per_device_train_batch_size=4)
+    with pytest.raises(Finished):
+        run_sft(tiny, tmp_path, "out", max_steps=2)
 
 
 def test_an_input_inside_the_output_directory_is_refused(tiny, tmp_path):
