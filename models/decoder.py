@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from srit.models.attention import AttentionMetadata, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
-from srit.models.int8 import Int8Block, check_int8
+from srit.models.int8 import Int8Block, check_int8, smooth
 from srit.models.onednn import PackedBlock, PackedLinear
 from srit.models.ops import glu, recompute_in_backward, rms_norm, rotate
 from srit.models.paged_cache import PagedCache
@@ -176,16 +176,17 @@ class Decoder(nn.Module):
         the embedding or scores options.
         int8: the blocks' products as in models/int8.py. Raises InputError for a device that cannot.
         """
-        device, packed_block = self.head_weight.device, PackedBlock
-        if quantization == "int8":
+        device, int8 = self.head_weight.device, quantization == "int8"
+        if int8:
             check_int8(device)
-            packed_block = Int8Block
         if device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return
         self.requires_grad_(False)
+        if int8:
+            smooth(self)
         self.packed_head = PackedLinear(self.head_weight.to(self.compute_dtype))
         for block in self.model.layers:
-            packed = packed_block(block, self.compute_dtype)
+            packed = (Int8Block if int8 else PackedBlock)(block, self.compute_dtype)
             block.project_qkv, block.output_and_mlp = packed.project_qkv, packed.output_and_mlp
             for module in block.modules():
                 if isinstance(module, Linear):

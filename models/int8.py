@@ -4,7 +4,7 @@
 
 A weight has a scale for each output channel, activations have one for each row. Both are symmetric: the
 largest magnitude becomes 127, and zero stays zero. Sums of integers are exact in any order, so a row's
-result cannot depend on the rows beside it. Between the products everything is float32.
+result cannot depend on the rows beside it. Scales and all between the products are float32.
 """
 
 from functools import partial
@@ -61,12 +61,15 @@ class Int8Linear:
         """As `__call__`, in float32."""
         values, scales = quantize_rows(x) if isinstance(x, Tensor) else x
         # The operator takes one scale for all activations: 1, and each row's own behind it.
-        y = torch.ops.onednn.qlinear_pointwise(values, 1.0, 0, self.weight, self.scales, self.zeros, None,
-                                               1.0, 0, torch.float32, "none", [], "").mul_(scales)
+        y = torch.ops.onednn.qlinear_pointwise(
+            values, 1.0, 0, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32,
+            "none", [], "").mul_(scales)
         return y if self.bias is None else y.add_(self.bias)
 
 
 class Int8Block(PackedBlock):
+    """A PackedBlock of Int8Linear; what a norm or the gate gives goes into int8 without a detour."""
+
     linear = Int8Linear
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
@@ -76,6 +79,39 @@ class Int8Block(PackedBlock):
 
     def _glu(self, x: QuantizedRows) -> QuantizedRows:
         return quantize_rows(glu(self.gate.product(x), self.up.product(x), self.gelu))
+
+
+@torch.no_grad()
+def smooth(model: nn.Module) -> None:
+    """Even out the channels behind the norms of a Decoder, as SmoothQuant does (arXiv 2211.10438).
+
+    A channel that is far larger than the others takes the scale of its row, and leaves them few of its
+    values. So the norm divides it by a factor, and the weights behind multiply by it: powers of two,
+    which round nothing. Magnitudes are those of random tokens: a function of the model alone.
+    """
+    behind: dict[nn.Module, list[nn.Linear]] = {}
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        behind[block.input_layernorm] = [attention.q_proj, attention.k_proj, attention.v_proj]
+        norm = block.pre_feedforward_layernorm if block.sandwich else block.post_attention_layernorm
+        behind[norm] = [mlp.gate_proj, mlp.up_proj]
+    largest: dict[nn.Module, Tensor] = {}
+
+    def record(norm: nn.Module, inputs: tuple, output: Tensor) -> None:
+        largest[norm] = output.float().abs().amax((0, 1)).clamp_min(1e-5)
+
+    hooks = [norm.register_forward_hook(record) for norm in behind]
+    length = min(128, model.config.max_position_embeddings)
+    model.hidden(torch.randint(model.config.vocab_size, (1, length),
+                               generator=torch.Generator().manual_seed(0)))
+    for hook in hooks:
+        hook.remove()
+    for norm, layers in behind.items():
+        weights = torch.cat([layer.weight for layer in layers]).float().abs().amax(0).clamp_min(1e-5)
+        factors = (largest[norm] / weights).sqrt().log2().round().exp2()
+        for layer in layers:
+            layer.weight.mul_(factors)
+        norm.weight = nn.Parameter(norm.multiplier() / factors - int(norm.gemma), requires_grad=False)
 
 
 def check_int8(device: torch.device) -> None:

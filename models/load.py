@@ -55,8 +55,8 @@ def resolve(name: str | Path) -> Path:
         weights = ("model.safetensors", INDEX)
         if (path / ADAPTER).is_file() and not any((path / name).exists() for name in weights):
             base = read_object(path / ADAPTER).get("base_model_name_or_path")
-            raise InputError(f"{path}: an adapter of {base}, not a model; merge them first: srit convert "
-                             f"--model_name_or_path {base} --adapter {path} --output_dir NEW")
+            raise InputError(f"{path}: an adapter of {base}, not a model; merge them first: srit "
+                             f"convert --model_name_or_path {base} --adapter {path} --output_dir NEW")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):

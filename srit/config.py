@@ -78,11 +78,11 @@ class TrainConfig:
     model_name_or_path: str
     """Directory in Hugging Face layout, hub id, or .gguf file."""
     train_file: list[str]
-    """JSON Lines to train on."""
+    """Rows to train on: files, directories of save_to_disk, or sets on the Hub (docs/data.md)."""
     output_dir: str
     """Where the model, checkpoints, metrics.jsonl and run.json go."""
     eval_file: list[str] = field(default_factory=list)
-    """JSON Lines for the evaluation loss."""
+    """Rows for the evaluation loss, likewise."""
     seed: int = 0
     """Seed of data order and of new weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -12,7 +12,7 @@ from threading import Thread
 import huggingface_hub.constants as constants
 import pytest
 
-from srit.data import sources
+from srit.data.hub import hub_file, hub_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -78,5 +78,5 @@ def use(monkeypatch: pytest.MonkeyPatch, address: str, cache: Path) -> None:
 
 def forget() -> None:
     """As a new process: what has been downloaded stays."""
-    sources._hub_file.cache_clear()
-    sources._hub_files.cache_clear()
+    hub_file.cache_clear()
+    hub_files.cache_clear()

@@ -3,11 +3,13 @@
 SOME cases of each test always run, MANY with `pytest -m fuzz`.
 """
 
+import gzip
 import hashlib
 import json
 import tempfile
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -102,6 +104,25 @@ def read_rows(data: bytes) -> None:
 @cases(st.binary(max_size=200) | edited(LINES) | edited([b"".join(LINES[:2])]))
 def test_bytes_as_rows(data):
     read_rows(data)
+
+
+def as_parquet(rows):
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, FOLDER / "rows.parquet")
+    return (FOLDER / "rows.parquet").read_bytes()
+
+
+FILES = {"rows.csv": b'prompt,completion\na,"b ""c"""\n"d\ne",f\n',
+         "rows.jsonl.gz": gzip.compress(LINES[0]), "rows.json": b"[" + b",".join(LINES) + b"]",
+         "rows.parquet": as_parquet([json.loads(line) for line in LINES[2:4]])}
+
+
+@cases(st.sampled_from(sorted(FILES)).flatmap(
+    lambda name: st.tuples(st.just(name), st.binary(max_size=50) | edited([FILES[name]]))))
+def test_bytes_as_files_of_other_formats(case):
+    name, data = case
+    (FOLDER / name).write_bytes(data)
+    may_refuse(read_sft, [str(FOLDER / name)], TOKENIZER, 64, ["cot"], True)
 
 
 @cases(st.lists(st.one_of(*(changed(json.loads(line)) for line in LINES)), min_size=1, max_size=3))

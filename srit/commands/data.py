@@ -31,8 +31,9 @@ from typing import Any
 from srit.commands.config import DataConfig
 from srit.commands.demo_data import generate
 from srit.commands.published import PUBLISHED
+from srit.data.file_formats import csv_lines
 from srit.data.questions import check_question
-from srit.data.sources import csv_lines, read_rows
+from srit.data.sources import read_rows
 from srit.grading import numerals
 from srit.grading.final_answer import BOX, final_answer
 from srit.grading.tasks import expression

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from srit.config import PromptConfig
 from srit.data.batches import Example, Pair
-from srit.data.formats import split_prompt, to_trl
 from srit.data.questions import check_question
+from srit.data.row_formats import split_prompt, to_trl
 from srit.data.sources import read_rows
 from srit.grading.judge import load_judge
 from srit.runtime.files import InputError

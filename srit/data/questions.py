@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from srit.data.sources import HUB_SET, read_rows
+from srit.data.hub import HUB_SET
+from srit.data.sources import read_rows
 from srit.grading.judge import Judge, grade
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import require

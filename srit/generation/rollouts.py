@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from srit.config import GenerateConfig, PromptConfig
 from srit.data.batches import shared_prefix
@@ -27,6 +26,7 @@ from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, cut_torn_line, has_rows, read_jsonl, write_jsonl
 from srit.runtime.outcome import Stopped
+from srit.runtime.progress_bar import progress_bar
 from srit.text.prompts import DEFAULT, question_messages, render
 from srit.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -223,8 +223,7 @@ class _Progress:
         self.correct, self.finished = (sum(row[i] for row in done) for i in (0, 1))
         self.started = time.perf_counter()
         world = distributed.world_size()
-        self.bar = tqdm(total=total // world, initial=self.n // world, unit="sample",
-                        dynamic_ncols=True, disable=distributed.rank() > 0)
+        self.bar = progress_bar(total=total // world, initial=self.n // world, unit="sample")
 
     def add(self, row: dict) -> None:
         self.n, self.tokens = self.n + 1, self.tokens + row["n_tokens"]

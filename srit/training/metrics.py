@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from srit.data.batches import Example, Pair
 from srit.runtime import distributed
 from srit.runtime.files import atomic_write
 from srit.runtime.jsonl import cut_torn_line, has_rows, read_jsonl
 from srit.runtime.outcome import Diverged
+from srit.runtime.progress_bar import progress_bar
 from srit.training.checkpoint import TrainState
 
 
@@ -44,8 +44,7 @@ class MetricsLog:
                 for row in rows:
                     if row["step"] <= state.step:
                         handle.write(json.dumps(row) + "\n")
-        self.bar = tqdm(total=state.total_steps, initial=state.step, unit="step",
-                        disable=not self.main, dynamic_ncols=True)
+        self.bar = progress_bar(total=state.total_steps, initial=state.step, unit="step")
 
     def add(self, sums: Mapping[str, Tensor], grad_norm: Tensor, weight: int,
             items: Sequence[Example | Pair], finite: Tensor) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from srit.config import DPOConfig
 from srit.data.batch_sampler import BatchSampler, rank_batches
@@ -19,6 +18,7 @@ from srit.runtime import distributed, shutdown
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.jsonl import cut_torn_line
 from srit.runtime.outcome import Stopped
+from srit.runtime.progress_bar import progress_bar
 from srit.training import fsdp
 
 
@@ -66,8 +66,7 @@ class ReferenceLogps:
         missing = [batch for batch in batches if any(keys[i] not in known for i in batch)]
         todo = distributed.pad_to_longest_rank(missing, [0])
         with fsdp.evaluating(self.model), open(own, "a", encoding="utf-8") as handle:
-            for indices, weight in tqdm(todo, desc="reference", disable=distributed.rank() != 0,
-                                        dynamic_ncols=True):
+            for indices, weight in progress_bar(todo, desc="reference"):
                 batch = collate_pairs([pairs[i] for i in indices]).to(self.device)
                 logps = sequence_logps(token_logps(self.model, batch), batch.cu_targets)  # (2B,)
                 scored = zip(indices, logps.view(-1, 2).tolist(), strict=True)

@@ -5,13 +5,14 @@ import re
 import sys
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 from hub import forget, serve, use
 
 from srit.commands.data import GYM, DataConfig, main
 from srit.commands.published import PUBLISHED
+from srit.data.hub import HUB_SET
 from srit.data.questions import read_demos, read_questions
-from srit.data.sources import HUB_SET
 from srit.grading.judge import grade
 from srit.runtime.files import InputError, sha256
 
@@ -140,11 +141,10 @@ def test_formulas_need_math_verify(tmp_path, monkeypatch):
 
 
 def test_without_input_a_set_is_fetched_from_the_hub_at_one_commit(tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pytest.importorskip("pyarrow").Table.from_pylist([RECORDS[0][1]])
+    table = pyarrow.Table.from_pylist([RECORDS[0][1]])
     file, output = tmp_path / "hub/main/test-00000-of-00001.parquet", str(tmp_path / "q.jsonl")
     file.parent.mkdir(parents=True)
-    parquet.write_table(table, file)
+    pyarrow.parquet.write_table(table, file)
     gsm8k = PUBLISHED["gsm8k"]
     with serve(tmp_path / "hub", gsm8k.name, gsm8k.revision) as (address, _):
         use(monkeypatch, address, tmp_path / "cache")

@@ -7,12 +7,14 @@ import sys
 import tracemalloc
 
 import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from hub import COMMIT, forget, serve, use
 from tiny import write_rows
 
 from srit.config import SFTConfig
-from srit.data import sources
+from srit.data import file_formats
 from srit.data.inputs import stage_inputs
 from srit.data.questions import dataset_name, read_questions
 from srit.data.sources import read_rows, source_files
@@ -20,8 +22,6 @@ from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts
 from srit.runtime.limits import ROW_BYTES
 
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 ROWS = [{"id": "a", "text": 'Grüße, "Welt"\nund so'}, {"id": "b", "text": ""}, {"id": "c", "text": "7"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 CSV = b'id,text\r\na,"Gr\xc3\xbc\xc3\x9fe, ""Welt""\nund so"\r\nb,\r\n\r\nc,7\r\n'
@@ -134,7 +134,7 @@ def test_a_line_that_gzip_has_made_short_is_read_in_bounded_memory(tmp_path):
 
 
 def test_a_list_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "JSON_BYTES", 100)
+    monkeypatch.setattr(file_formats, "JSON_BYTES", 100)
     write_rows(tmp_path / "lines.json", ROWS * 10)
     assert len(read_rows(tmp_path / "lines.json")) == 30
     (tmp_path / "list.json").write_text(json.dumps(ROWS * 10))
@@ -244,6 +244,8 @@ def test_without_a_card_files_are_found_by_their_names(hub):
     ("own/set:train", CARD.replace("  default: true\n", ""), "its configs are .*OWNER/NAME/CONFIG"),
     ("own/set/main:train", CARD.replace("main/train-*", "../../../*.csv"), "does not name its files"),
     ("own/set/main:train", CARD.replace("main/train-*", "/etc/*.csv"), "does not name its files"),
+    ("own/set/main:train", CARD.replace("main/train-*", "main/**.parquet"), "does not name its files"),
+    ("own/set/main:train", CARD.replace("main/train-*", "."), "does not name its files"),
     ("own/set/main:train", "---\nconfigs: [3]\n---\n", "does not name its files"),
     ("own/set/main:train", "---\nconfigs: {\n---\n", "does not name its files"),
     ("own/set/main:train", "---\n- a\n---\n", "does not name its files"),
@@ -282,7 +284,8 @@ def test_a_name_is_one_commit_for_a_whole_process(hub):
 
 def test_as_the_datasets_library(hub, tmp_path):
     """The same rows as load_dataset gives of that repository, and load_from_disk of a directory."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     folder, _ = hub
     shutil.rmtree(folder / "other")
     card = CARD[: CARD.index("- config_name: other")] + "---\n"

@@ -27,11 +27,12 @@ def world(tmp_path_factory):
     return folder
 
 
-def command(world, output, *flags, launcher=()):
-    return [sys.executable, *launcher, str(ROOT / "train" / "sample.py"), "--model_name_or_path",
-            str(world / "m"), "--train_file", str(world / "q.jsonl"), "--output_dir",
-            str(output), "--num_samples", "2", "--temperature", "1", "--max_new_tokens", "80",
-            "--per_device_batch_size", "8", "--device", "cpu", "--seed", "0", *flags]
+def command(world, output, *flags, launcher=(), **settings):
+    settings = {"model_name_or_path": world / "m", "train_file": world / "q.jsonl",
+                "output_dir": output, "num_samples": 2, "temperature": 1, "max_new_tokens": 80,
+                "per_device_batch_size": 8, "device": "cpu", "seed": 0} | settings
+    return [sys.executable, *launcher, str(ROOT / "train" / "sample.py"), *flags,
+            *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
 def sample(*arguments, **options):
@@ -91,7 +92,7 @@ def test_a_killed_run_ends_with_the_same_bytes(world, whole):
                              text=True)
     assert refused.returncode == BAD_INPUT and refused.stderr.startswith("error: ")
     assert "temperature" in refused.stderr and "Traceback" not in refused.stderr
-    sample(world, output, "--per_device_batch_size", "5")
+    sample(world, output, per_device_batch_size=5)
     assert file.read_bytes() == whole[1]
 
 
@@ -105,7 +106,7 @@ def test_two_processes_write_what_one_writes(world, whole):
 def test_overlong_prompts_are_dropped_and_counted(world, tmp_path):
     long = {**question(99, 1, 2), "question": "many words " * 300}
     write_rows(tmp_path / "q.jsonl", [question(0, 1, 2), long])
-    printed = sample(world, tmp_path / "o", "--train_file", str(tmp_path / "q.jsonl"))
+    printed = sample(world, tmp_path / "o", train_file=tmp_path / "q.jsonl")
     assert "4 rows in = 2 used, 2 too long" in printed
 
 
