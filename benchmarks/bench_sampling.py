@@ -1,13 +1,14 @@
 """Time to answer N questions with K samples each: our engine against generate() of transformers.
 
     python benchmarks/bench_sampling.py --model_name_or_path M [--questions 200] [--samples 4]
-                                        [--calculator]
+                                        [--calculator] [--quantization int8]
 
 First a gate: greedy answers must be the same tokens in both (float32). Then both do the same work in
 turns: transformers with left padding, prompts sorted by length, at every --hf_batch_size; the ratio is
 taken to its fastest. Tokens are counted up to the end of each answer, without padding. Also reported:
 the share of the measured read bandwidth that reading the weights takes (once per forward pass).
---calculator: our engine once more in each turn, with its calculator.
+--calculator: our engine once more in each turn, with its calculator. --quantization int8: once more
+with int8 products; its greedy answers, and those of the dtype, are compared with those of float32.
 The questions are the demo's out-of-domain word problems in the model's own chat template.
 Writes benchmarks/results/bench_sampling_*.csv. Needs the [bench] extra.
 """
@@ -81,6 +82,15 @@ def theirs(model: torch.nn.Module, prompts: list[tuple[int, ...]], args: argpars
     return [row for i in range(len(prompts)) for row in answers[i]]
 
 
+def agreement(answers: list[list[int]], exact: list[list[int]]) -> float:
+    """The mean share of an answer before its first difference."""
+    shares = []
+    for a, b in zip(answers, exact, strict=True):
+        length = max(len(a), len(b), 1)
+        shares.append(next((i for i in range(length) if a[i : i + 1] != b[i : i + 1]), length) / length)
+    return statistics.mean(shares)
+
+
 def read_prompts(tokenizer: Tokenizer, n: int) -> list[tuple[int, ...]]:
     rows = make_questions(n, 0, "out")
     return [tuple(render(tokenizer, question_messages(row, "cot")).ids) for row in rows]
@@ -99,6 +109,7 @@ def main() -> None:
     parser.add_argument("--gate", type=int, default=50, help="questions compared greedily")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--calculator", action="store_true", help="measure it as well")
+    parser.add_argument("--quantization", choices=["int8"], help="measure it as well")
     parser.add_argument("--output")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,8 +126,8 @@ def main() -> None:
         return own, other.to(device)
 
     a, b = load(torch.float32)
-    pairs = list(zip(ours(a, some, args, stop_ids, 1, 0.0),
-                     theirs(b, some, args, stop_ids, 1, 0.0, 16), strict=True))
+    exact = ours(a, some, args, stop_ids, 1, 0.0)
+    pairs = list(zip(exact, theirs(b, some, args, stop_ids, 1, 0.0, 16), strict=True))
     wrong = [i for i, (x, y) in enumerate(pairs) if x != y]
     if wrong:
         sys.exit(f"greedy answers differ for {len(wrong)} of {len(some)} questions, first {wrong[0]}:"
@@ -129,10 +140,17 @@ def main() -> None:
     contenders |= {f"transformers, batch {size}": (b, theirs, (size,)) for size in args.hf_batch_size}
     if args.calculator:
         contenders[f"srit, {args.slots} slots, calculator"] = a, ours, (tokenizer,)
+    weights = {model: sum(p.nbytes for p in b.parameters()) for model in (a, b)}
+    if args.quantization:
+        q = load_model(args.model_name_or_path, dtype=dtype, device=device)[0]
+        weights[q] = weights[b] - sum(p.nbytes - p.numel() for p in q.model.layers.parameters())
+        q.pack_weights(args.quantization)
+        contenders[f"srit, {args.slots} slots, {args.quantization}"] = q, ours, ()
+    greedy = {model: agreement(ours(model, some, args, stop_ids, 1, 0.0), exact)
+              for model in weights if model is not b}
     bandwidth, forwards = read_bandwidth(device), [0]
-    for model in (a, b):
+    for model in weights:
         model.model.norm.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
-    weights = sum(p.nbytes for p in b.parameters())
     runs: dict[str, list[tuple[float, int, int]]] = {name: [] for name in contenders}
     for turn in range(args.rounds):
         for name, (model, run, rest) in contenders.items():
@@ -147,20 +165,23 @@ def main() -> None:
     machine, rows = describe(), []
     for name, measured in runs.items():
         seconds = statistics.median(s for s, _, _ in measured)
-        read = statistics.median(f * weights / s / bandwidth for s, _, f in measured)
+        model = contenders[name][0]
+        read = statistics.median(f * weights[model] / s / bandwidth for s, _, f in measured)
         rows.append({
             "contender": name, "model": Path(args.model_name_or_path).name, "dtype": args.dtype,
             "questions": args.questions, "samples": args.samples,
             "max_new_tokens": args.max_new_tokens, "seconds": round(seconds, 1),
             "tokens_per_second": round(statistics.median(t / s for s, t, _ in measured), 1),
-            "weight_reads_of_bandwidth": round(read, 3), "commit": machine["commit"],
+            "weight_reads_of_bandwidth": round(read, 3),
+            "greedy_as_float32": round(greedy[model], 3) if model in greedy else "",
+            "commit": machine["commit"],
             "torch": torch.__version__, "transformers": version("transformers"),
             "machine": machine["machine"]})
     best = min(row["seconds"] for row in rows if row["contender"].startswith("transformers"))
     for row in rows:
         row["speed_to_transformers"] = round(best / row["seconds"], 2)
         print("{contender:28} {seconds:8.1f} s  {tokens_per_second:8.1f} tokens/s  "
-              "{speed_to_transformers:5.2f}x".format(**row))
+              "{speed_to_transformers:5.2f}x  {greedy_as_float32}".format(**row))
     where = torch.cuda.get_device_name().replace(" ", "-") if device.type == "cuda" else "cpu"
     output = Path(args.output or HERE / f"results/bench_sampling_{args.dtype}_{where}.csv")
     write_csv(rows, output)

@@ -54,7 +54,7 @@ def resolve(name: str | Path) -> Path:
                 raise InputError(f"{file}: a link to {os.readlink(file)}, which does not exist")
         weights = ("model.safetensors", INDEX)
         if (path / ADAPTER).is_file() and not any((path / name).exists() for name in weights):
-            base = read_object(path / ADAPTER).get("base_model_name_or_path")
+            base = read_object(path / ADAPTER).get("base_model_name_or_path") or "BASE"
             raise InputError(f"{path}: an adapter of {base}, not a model; merge them first: srit "
                              f"convert --model_name_or_path {base} --adapter {path} --output_dir NEW")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

@@ -19,36 +19,64 @@ def _check(ok: bool, name: str, value: object, rule: str) -> None:
         raise InputError(f"--{name} {value}: must be {rule}")
 
 
-def check_numbers(config: Any) -> None:
-    """Raise InputError for a number of any field that no torch or clock function takes."""
-    for name, value in vars(config).items():
-        if name == "seed":
-            _check(0 <= value <= limits.SEED, name, value, f"from 0 to {limits.SEED}")
-        elif isinstance(value, int):
-            _check(abs(value) <= limits.INTEGER, name, value, f"at most {limits.INTEGER}")
-        elif isinstance(value, float):
-            _check(limits.is_number(value), name, value,
-                   f"a number, at most {limits.NUMBER:g}")
+def check_least(config: Any, least: int, *names: str) -> None:
+    """Raise InputError for a setting below `least`; None is a setting that is left out."""
+    for name in names:
+        value = getattr(config, name)
+        _check(value is None or value >= least, name, value, f"{least} or more")
 
 
-def check_date(day: str | None) -> None:
-    """Raise InputError for a day that the calendar does not have, or that is not written YYYY-MM-DD."""
-    try:
-        ok = day is None or str(datetime.date.fromisoformat(day)) == day
-    except ValueError:
-        ok = False
-    _check(ok, "date", day, "a day as YYYY-MM-DD")
+class Settings:
+    """Base of the others. Refuses numbers that no torch or clock function takes."""
 
-
-def check_template_kwargs(kwargs: dict[str, Any]) -> None:
-    """Raise InputError for a variable of chat templates that srit sets itself."""
-    for name in ("messages", "add_generation_prompt", "tools", "documents"):
-        _check(name not in kwargs, "chat_template_kwargs", kwargs, f"without {name}")
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "seed":
+                _check(0 <= value <= limits.SEED, name, value, f"from 0 to {limits.SEED}")
+            elif isinstance(value, int):
+                _check(abs(value) <= limits.INTEGER, name, value, f"at most {limits.INTEGER}")
+            elif isinstance(value, float):
+                _check(limits.is_number(value), name, value, f"a number, at most {limits.NUMBER:g}")
 
 
 @dataclass(kw_only=True)
-class PromptConfig:
-    """How a question becomes a prompt (srit/text/prompts.py), and who judges the answers to it."""
+class TemplateConfig(Settings):
+    """What a chat template is given beside the messages."""
+
+    date: str | None = None
+    """The day that chat templates show, as YYYY-MM-DD; by default the one on which the run began."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables for the chat template, such as: enable_thinking False"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            ok = self.date is None or str(datetime.date.fromisoformat(self.date)) == self.date
+        except ValueError:
+            ok = False
+        _check(ok, "date", self.date, "a day as YYYY-MM-DD")
+        for name in ("messages", "add_generation_prompt", "tools", "documents"):
+            _check(name not in self.chat_template_kwargs, "chat_template_kwargs",
+                   self.chat_template_kwargs, f"without {name}")
+
+
+@dataclass(kw_only=True)
+class RowConfig(TemplateConfig):
+    """How a row to train on becomes token ids (srit/data/examples.py)."""
+
+    max_length: int = 1024
+    """Longest row in tokens; a longer one is dropped and counted, never cut."""
+    parse_special_tokens: bool = True
+    """Special tokens written in rows of plain text count as such; in conversations they never do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "max_length")
+
+
+@dataclass(kw_only=True)
+class QuestionConfig(Settings):
+    """How a question is asked (srit/text/prompts.py), and who judges the answer."""
 
     instruction: dict[str, str] = field(default_factory=dict)
     """Instruction of a task, which replaces its own, such as: math "Solve the problem"."""
@@ -63,16 +91,27 @@ class PromptConfig:
     allow_code_execution: bool = False
     """Run the programs that completions of task code hold, in a sandbox without network."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for task, template in self.prompt_template.items():
+            _check("{question}" in template, f"prompt_template {task}", repr(template),
+                   "a text with {question}")
 
-def check_prompts(s: PromptConfig) -> None:
-    """Raise InputError for a prompt template without a question."""
-    for task, template in s.prompt_template.items():
-        _check("{question}" in template, f"prompt_template {task}", repr(template),
-               "a text with {question}")
+
+@dataclass(kw_only=True)
+class InstructConfig(RowConfig, QuestionConfig):
+    """Which rows phase 1 trains, and behind which prompt."""
+
+    prompt_style: list[PromptStyle] = field(default_factory=lambda: ["cot"])
+    """Prompt in front of the demonstration; both styles: each demonstration is trained with both."""
+    filter_demos: bool = True
+    """Keep only demonstrations whose final answer is the ground truth."""
+    drop_false_equations: bool = False
+    """Drop rows with an equation that is false, such as 37 - 21 = 18."""
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RowConfig):
     """Settings that SFT and DPO share."""
 
     model_name_or_path: str
@@ -89,12 +128,6 @@ class TrainConfig:
     """Compute dtype, and of a base that an adapter keeps frozen. All that is trained is float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    date: str | None = None
-    """The day that chat templates show, as YYYY-MM-DD; by default the one on which the run began."""
-    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Variables for the chat template, such as: enable_thinking False"""
-    max_length: int = 1024
-    """Longest row in tokens; a longer one is dropped and counted, never cut."""
     num_train_epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int = -1
@@ -157,8 +190,6 @@ class TrainConfig:
     """Delete what output_dir holds and start afresh."""
     shuffle_dataset: bool = True
     """A new order every epoch, from the seed; False: the order of the file."""
-    parse_special_tokens: bool = True
-    """Special tokens written in rows of plain text count as such; in conversations they never do."""
     use_peft: bool = False
     """Train a LoRA adapter, and export base and adapter merged (the adapter alone in adapter/)."""
     lora_r: int = 16
@@ -171,19 +202,16 @@ class TrainConfig:
     """Modules that get an adapter, by default (all-linear) all projections of attention and MLP."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_date(self.date)
-        check_template_kwargs(self.chat_template_kwargs)
+        super().__post_init__()
         targets = [name for names in self.lora_target_modules for name in names.split(",") if name]
         _check("all-linear" not in targets or len(targets) == 1, "lora_target_modules", targets,
                "all-linear alone, or names")
         self.lora_target_modules = [] if targets == ["all-linear"] else targets
-        for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
-                     "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
-                     "warmup_steps", "max_tokens_per_batch", "max_time", "max_skipped_steps"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        check_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size",
+                    "gradient_accumulation_steps", "logging_steps", "save_total_limit", "lora_r")
+        check_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "eval_steps",
+                    "save_steps", "warmup_steps", "max_tokens_per_batch", "max_time",
+                    "max_skipped_steps")
         _check(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs",
                self.num_train_epochs, "positive when max_steps is not given")
         for name in ("adam_beta1", "adam_beta2"):
@@ -200,25 +228,18 @@ class TrainConfig:
 
 
 @dataclass
-class SFTConfig(TrainConfig, PromptConfig):
+class SFTConfig(TrainConfig, InstructConfig):
     """Phase 1, instruct: cross-entropy on the teacher's demonstrations."""
 
     num_train_epochs: float = 4.0
     """Passes over the training rows."""
     weight_decay: float = 1e-4
     """AdamW weight decay, on matrices only."""
-    prompt_style: list[PromptStyle] = field(default_factory=lambda: ["cot"])
-    """Prompt in front of the demonstration; both styles: each demonstration is trained with both."""
-    filter_demos: bool = True
-    """Keep only demonstrations whose final answer is the ground truth."""
-    drop_false_equations: bool = False
-    """Drop rows with an equation that is false, such as 37 - 21 = 18."""
     packing: bool = False
     """Fill rows up to max_length with several examples; attention stays within each example."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_prompts(self)
         _check(not (self.packing and self.max_tokens_per_batch), "packing", True,
                "False with --max_tokens_per_batch, which packs as well")
 
@@ -247,8 +268,7 @@ class DPOConfig(TrainConfig):
                "from 0 to below 0.5")
         _check(self.label_smoothing == 0 or self.loss_type in ("sigmoid", "robust"),
                "label_smoothing", self.label_smoothing, f"0 with --loss_type {self.loss_type}")
-        _check(self.rpo_alpha is None or self.rpo_alpha >= 0, "rpo_alpha", self.rpo_alpha,
-               "0 or more")
+        check_least(self, 0, "rpo_alpha")
         _check(self.lora_dropout == 0, "lora_dropout", self.lora_dropout,
                "0: dropout is off in DPO, else policy and reference differ at step 0")
         _check(self.precompute_ref_log_probs or self.use_peft, "precompute_ref_log_probs", False,
@@ -269,7 +289,7 @@ def check_sampling(s: Any) -> None:
 
 
 @dataclass
-class GenerateConfig(PromptConfig):
+class GenerateConfig(TemplateConfig, QuestionConfig):
     """Settings shared by sampling and evaluation."""
 
     model_name_or_path: str
@@ -280,12 +300,10 @@ class GenerateConfig(PromptConfig):
     """Seed of the completions; each has its own random stream, from (seed, id, style, sample)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of weights and cache; logits are always float32."""
+    quantization: Literal["none", "int8"] = "none"
+    """int8: the blocks' products in int8, on a CPU, of weights and activations (docs/sampling.md)."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    date: str | None = None
-    """The day that chat templates show, as YYYY-MM-DD; by default the one on which the run began."""
-    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Variables for the chat template, such as: enable_thinking False"""
     engine: Literal["srit", "vllm"] = "srit"
     """srit: our own engine. vllm: vLLM (extra: vllm), in one process, not reproducible bit for bit."""
     num_samples: int = 1
@@ -320,18 +338,14 @@ class GenerateConfig(PromptConfig):
     """Delete the run in output_dir and start again; otherwise an unfinished run is resumed."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_date(self.date)
-        check_template_kwargs(self.chat_template_kwargs)
-        for name in ("num_samples", "per_device_batch_size"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("max_cache_memory", "max_time"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _check(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        super().__post_init__()
+        check_least(self, 1, "num_samples", "per_device_batch_size", "limit")
+        check_least(self, 0, "max_cache_memory", "max_time")
         _check(self.engine == "srit" or not self.calculator, "engine", self.engine,
                f"srit with --calculator {self.calculator}")
+        _check(self.engine == "srit" or self.quantization == "none", "engine", self.engine,
+               f"srit with --quantization {self.quantization}")
         check_sampling(self)
-        check_prompts(self)
 
 
 @dataclass
@@ -379,7 +393,7 @@ class EvalConfig(GenerateConfig):
 
 
 @dataclass
-class PairConfig(PromptConfig):
+class PairConfig(QuestionConfig):
     """Preference pairs from graded samples."""
 
     samples_file: list[str]
@@ -405,11 +419,9 @@ class PairConfig(PromptConfig):
     """Delete what output_dir holds and start afresh."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_prompts(self)
+        super().__post_init__()
         _check(0 <= self.min_margin <= 1, "min_margin", self.min_margin, "from 0 to 1")
         _check(self.policy != "scored" or self.min_margin > 0, "min_margin", self.min_margin,
                "above 0 with --policy scored")
-        _check(self.max_pairs_per_question >= 1, "max_pairs_per_question",
-               self.max_pairs_per_question, "at least 1")
+        check_least(self, 1, "max_pairs_per_question")
         _check(bool(self.samples_file), "samples_file", self.samples_file, "at least one file")

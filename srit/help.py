@@ -8,11 +8,12 @@ from typing import Annotated
 
 import tyro
 
-MOST_USED = ("file", "model_name_or_path", "train_file", "eval_file", "samples_file", "demos_file",
-             "output_dir", "beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
-             "max_length", "use_peft", "num_samples", "temperature", "max_new_tokens", "policy")
+MOST_USED = ("file", "model", "base_url", "model_name_or_path", "train_file", "eval_file",
+             "samples_file", "demos_file", "output_dir", "beta", "learning_rate", "num_train_epochs",
+             "per_device_train_batch_size", "max_length", "use_peft", "num_samples", "temperature",
+             "max_new_tokens", "policy", "seed")
 GROUPS = {
-    "model": ("dtype", "device", "engine", "max_cache_memory", "per_device_batch_size",
+    "model": ("dtype", "quantization", "device", "engine", "max_cache_memory", "per_device_batch_size",
               "torch_compile", "parallel", "ddp_timeout"),
     "data": ("limit", "shuffle_dataset", "packing", "parse_special_tokens", "filter_demos",
              "drop_false_equations", "verifier", "allow_code_execution", "in_domain", "scoring"),
@@ -52,7 +53,9 @@ def print_help(cls: type, prog: str) -> None:
         parts.append(("config", help_of_config, dataclasses.field(default="")))
     for title, names in groups.items():
         part = [(name, Annotated[fields[name].type, tyro.conf.arg(help=texts[name])],
-                 dataclasses.field(**_default(fields[name]))) for name in names if name in left]
+                 dataclasses.field(default=fields[name].default,
+                                   default_factory=fields[name].default_factory))
+                for name in names if name in left]
         left = {name: None for name in left if name not in names}
         if title and part:
             parts.append((title, dataclasses.make_dataclass(title, part, kw_only=True)))
@@ -61,13 +64,6 @@ def print_help(cls: type, prog: str) -> None:
     tyro.cli(dataclasses.make_dataclass("Help", parts, kw_only=True), args=["--help"], prog=prog,
              description=inspect.cleandoc(cls.__doc__), use_underscores=True,
              config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
-
-
-def _default(field: dataclasses.Field) -> dict:
-    if field.default is not dataclasses.MISSING:
-        return {"default": field.default}
-    factory = field.default_factory
-    return {} if factory is dataclasses.MISSING else {"default_factory": factory}
 
 
 def _texts(cls: type) -> dict[str, str]:

@@ -15,15 +15,14 @@ from typing import Any
 
 import yaml
 
-from srit.config import DPOConfig, EvalConfig, PairConfig, SampleConfig, SFTConfig
+from srit import config
 from srit.runtime.files import InputError
 from srit.runtime.limits import YAML_VALUES, check
 
-KINDS = {"sft": SFTConfig, "sample": SampleConfig, "pair": PairConfig, "dpo": DPOConfig,
-         "eval": EvalConfig}
-SHARED = ("model_name_or_path", "output_dir", "seed", "dtype", "device", "date", "instruction",
-          "prompt_template", "cot_suffix", "system_prompt", "chat_template_kwargs",
-          "verifier", "allow_code_execution")
+KINDS = {"sft": config.SFTConfig, "sample": config.SampleConfig, "pair": config.PairConfig,
+         "dpo": config.DPOConfig, "eval": config.EvalConfig}
+SHARED = ("model_name_or_path", "output_dir", "seed", "dtype", "device",
+          *vars(config.TemplateConfig()), *vars(config.QuestionConfig()))
 DATA = ("demos", "questions", "eval", "in_domain")
 DOCS = "docs/recipes.md"
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, demo, pair, tiny_checkpoint, tiny_gguf
 
-from srit.config import DPOConfig, SampleConfig, SFTConfig
+from srit.config import DPOConfig, InstructConfig, SampleConfig, SFTConfig
 from srit.data.examples import read_pairs, read_sft
 from srit.data.questions import read_demos, read_questions
 from srit.launch import parse
@@ -96,7 +96,8 @@ def read_rows(data: bytes) -> None:
     file.write_bytes(data)
     may_refuse(read_questions, file)
     may_refuse(read_demos, file)
-    may_refuse(read_sft, [str(file)], TOKENIZER, 64, ["direct", "cot"], True)
+    may_refuse(read_sft, [str(file)], TOKENIZER, 64,
+               InstructConfig(prompt_style=["direct", "cot"]))
     may_refuse(read_pairs, [str(file)], TOKENIZER, 64)
     assert file.read_bytes() == data
 
@@ -122,7 +123,7 @@ FILES = {"rows.csv": b'prompt,completion\na,"b ""c"""\n"d\ne",f\n',
 def test_bytes_as_files_of_other_formats(case):
     name, data = case
     (FOLDER / name).write_bytes(data)
-    may_refuse(read_sft, [str(FOLDER / name)], TOKENIZER, 64, ["cot"], True)
+    may_refuse(read_sft, [str(FOLDER / name)], TOKENIZER, 64)
 
 
 @cases(st.lists(st.one_of(*(changed(json.loads(line)) for line in LINES)), min_size=1, max_size=3))

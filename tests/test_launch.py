@@ -75,7 +75,7 @@ def test_malformed_yaml_is_named(tmp_path, text, message):
     (["--label_smoothing", "0.1", "--loss_type", "ipo"], "label_smoothing"),
     (["--lora_dropout", "0.1"], "dropout"),
     (["--precompute_ref_log_probs", "False"], "use_peft"),
-    (["--gradient_accumulation_steps", "0"], "at least 1"),
+    (["--gradient_accumulation_steps", "0"], "must be 1 or more"),
     (["--warmup_ratio", "1.5"], "from 0 to 1"),
 ])
 def test_settings_that_cannot_work_are_refused(flags, message):

@@ -1,4 +1,4 @@
-"""The README's code runs, and its links and files exist."""
+"""The README's code runs, its files exist, and so does what any page links to."""
 
 import re
 import runpy
@@ -21,8 +21,9 @@ def test_python_blocks_run(capsys):
 
 
 def test_links_and_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[)#]", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
     for target in re.findall(r"\b(?:train|benchmarks|runs)/\w+\.(?:py|yaml)\b", TEXT):
         assert (ROOT / target).exists(), target
 

@@ -78,7 +78,8 @@ def summarize(cfg: EvalConfig, prompts: list[Prompt], rows: list[dict]) -> dict:
             files[file][f"accuracy_{key}"] = sum(r[f"correct_{key}"] for r in own) / len(own)
     return {
         "model": cfg.model_name_or_path, "prompt_style": cfg.prompt_style, "scoring": cfg.scoring,
-        "temperature": cfg.temperature, "calculator": cfg.calculator, "files": files,
+        "temperature": cfg.temperature, "quantization": cfg.quantization,
+        "calculator": cfg.calculator, "files": files,
         "in_domain": pool([f for f in files.values() if f["in_domain"]]),
         "out_of_domain": pool([f for f in files.values() if f["in_domain"] is False]),
     }

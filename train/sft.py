@@ -59,9 +59,7 @@ def evaluate(model: Decoder, held_out: list[Example], cfg: SFTConfig,
 def main(cfg: SFTConfig) -> None:
     run = Run("sft", cfg, stage_inputs)
     model, tokenizer, max_length = load_student(run)
-    train, held_out = read_rows(run, read_sft, tokenizer, max_length, cfg.prompt_style,
-                                cfg.filter_demos, cfg.parse_special_tokens, cfg.drop_false_equations,
-                                cfg)
+    train, held_out = read_rows(run, read_sft, tokenizer, max_length, cfg)
     run.claim()  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_examples, cfg, bin_tokens=max_length if cfg.packing else 0)
     add_adapter_and_shard(model, cfg, run.device)

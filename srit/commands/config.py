@@ -7,14 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from srit.config import (
-    PromptConfig,
-    PromptStyle,
-    check_date,
-    check_numbers,
-    check_prompts,
-    check_template_kwargs,
-)
+from srit.config import InstructConfig, QuestionConfig, Settings, check_least
 from srit.runtime.files import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -65,7 +58,7 @@ class DemoConfig:
 
 
 @dataclass
-class DemosConfig(PromptConfig):
+class DemosConfig(QuestionConfig):
     """Phase 0: get chain-of-thought demonstrations from a teacher model behind a server."""
 
     train_file: list[str]
@@ -96,17 +89,15 @@ class DemosConfig(PromptConfig):
     """Delete output_dir and start over; otherwise an unfinished run is resumed."""
 
     def __post_init__(self) -> None:
-        check_prompts(self)
-        for name, least in (("max_new_tokens", 1), ("concurrency", 1), ("temperature", 0),
-                            ("max_retries", 0), ("max_time", 0)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be {least} or more")
+        super().__post_init__()
+        check_least(self, 1, "max_new_tokens", "concurrency", "limit")
+        check_least(self, 0, "temperature", "max_retries", "max_time")
         if not self.timeout > 0:
             raise InputError(f"--timeout {self.timeout}: must be positive")
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Convert a published data set to question rows, or generate synthetic ones."""
 
     name: Literal["gsm8k", "svamp", "asdiv", "math", "multiarith", "addsub", "singleeq", "singleop",
@@ -133,49 +124,34 @@ class DataConfig:
     domain: Literal["in", "out"] = "in"
     """synthetic: problems of the demo's training world, or of its out-of-domain test."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "limit", "num_rows")
+
 
 @dataclass
-class ShowConfig(PromptConfig):
+class ShowConfig(InstructConfig):
     """Show rows as the model sees them, token by token: prompt, trained, forced, turn end, dropped.
 
     srit show FILE --model_name_or_path M. With --config RECIPE the settings are those of its sft.
     """
 
     file: list[str]
-    """Demonstrations, other rows to train on, pairs or questions (JSON Lines)."""
+    """Demonstrations, other rows to train on, pairs or questions, in any format of docs/data.md."""
     model_name_or_path: str
     """Directory in Hugging Face layout, hub id, or .gguf file; only its tokenizer is read."""
     limit: int = 3
     """Rows of every file that are shown; 0: all."""
     output: str | None = None
     """HTML page to write instead."""
-    max_length: int = 1024
-    """As of training: a longer row is dropped."""
-    prompt_style: list[PromptStyle] = field(default_factory=lambda: ["cot"])
-    """Prompt styles of questions and demonstrations."""
-    filter_demos: bool = True
-    """Drop demonstrations whose final answer is not the ground truth."""
-    drop_false_equations: bool = False
-    """Drop rows with an equation that is false."""
-    parse_special_tokens: bool = True
-    """Special tokens written in rows of plain text count as such."""
-    date: str | None = None
-    """The day that chat templates show, as YYYY-MM-DD; by default today."""
-    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Variables for the chat template, such as: enable_thinking False"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_prompts(self)
-        check_date(self.date)
-        check_template_kwargs(self.chat_template_kwargs)
-        for name, value, least in (("limit", self.limit, 0), ("max_length", self.max_length, 1)):
-            if value < least:
-                raise InputError(f"--{name} {value}: must be {least} or more")
+        super().__post_init__()
+        check_least(self, 0, "limit")
 
 
 @dataclass
-class PlanConfig:
+class PlanConfig(Settings):
     """Predict the memory of a training step on each GPU, and the most tokens that fit."""
 
     model_name_or_path: str
@@ -206,10 +182,8 @@ class PlanConfig:
     """On a CPU the libraries take less memory and the chunk of logits is smaller."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        for name in ("gpus", "tokens", "gradient_accumulation_steps", "lora_r"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        super().__post_init__()
+        check_least(self, 1, "gpus", "tokens", "gradient_accumulation_steps", "lora_r")
         if self.max_memory <= 0:
             raise InputError(f"--max_memory {self.max_memory}: must be positive")
 

@@ -21,6 +21,7 @@ from srit.commands.config import ReportConfig
 from srit.commands.progress import Progress, read_progress
 from srit.grading.pairs import summarize_pairs
 from srit.grading.statistics import accuracy_rows, compare, summarize_generations
+from srit.recipe import KINDS
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.jsonl import has_rows, read_jsonl, read_lines, require
 
@@ -113,7 +114,8 @@ def describe(root: Path) -> dict[str, Any]:
     progress = read_progress(root)
     recipe, runs = progress.recipe, progress.counting
     first = max(progress.runs.values(), key=lambda run: run["finished"])
-    pairs = _rows(root / "pair" / "pairs.jsonl") if "pair" in runs else []
+    file = root / "pair" / "pairs.jsonl"
+    pairs = read_jsonl(file) if "pair" in runs and has_rows(file) else []
     curves = read_curves(root, runs)
     return {
         "title": Path(recipe["output_dir"]).name,
@@ -122,7 +124,8 @@ def describe(root: Path) -> dict[str, Any]:
         "machine": first["machine"], "versions": first["versions"], "commit": first["commit"],
         "stages": [{"name": name, "minutes": _minutes(run) if name in runs else "left out"}
                    for name, run in progress.runs.items()],
-        "settings": _settings(recipe),
+        "settings": [(kind, ", ".join(f"{k} {v}" for k, v in recipe[kind].items()))
+                     for kind in KINDS if recipe[kind]],
         "ways": [describe_way(progress, way) for way in read_ways(progress)],
         "curves": curves,
         "charts": [Markup(chart) for _, title, series in curves
@@ -153,21 +156,8 @@ def describe_way(progress: Progress, way: Way) -> dict[str, Any]:
     }
 
 
-def _rows(path: Path) -> list[dict]:
-    return read_jsonl(path) if has_rows(path) else []
-
-
 def _minutes(run: dict) -> str:
     return f"{run['seconds'] / 60:.1f}" if run["finished"] else "unfinished"
-
-
-def _settings(recipe: dict) -> list[tuple[str, str]]:
-    shown = []
-    for kind in ("sft", "sample", "pair", "dpo", "eval"):
-        values = recipe.get(kind) or {}
-        if values:
-            shown.append((kind, ", ".join(f"{k} {v}" for k, v in values.items())))
-    return shown
 
 
 def _before_and_after(generations: dict[str, list[dict]]) -> tuple[str, str] | None:

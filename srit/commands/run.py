@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from datetime import date
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,13 +62,12 @@ def check_inputs(plan: list[tuple[Stage, Any]]) -> None:
         if hasattr(cfg, "model_name_or_path"):
             reads[model_files, cfg.model_name_or_path] = None
         reader = READERS[stage.kind]
-        if reader in (read_questions, read_demos):
-            reader = partial(reader, judge=load_judge(cfg))
-        reads |= {(reader, file): None for name, files in vars(cfg).items()
+        judge = [load_judge(cfg)] if reader in (read_questions, read_demos) else []
+        reads |= {(reader, file, *judge): None for name, files in vars(cfg).items()
                   if name.endswith("_file") for file in files}
-    for read, name in reads:
+    for read, name, *judge in reads:
         if not made & {Path(name), Path(name).parent}:
-            read(name)
+            read(name, *judge)
 
 
 def _read_rows(file: str) -> None:

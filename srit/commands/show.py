@@ -82,8 +82,7 @@ def show_row(where: str, row: dict, tokenizer: Tokenizer,
         if "chosen" in row or "rejected" in row:
             return pair_row(where, row, tokenizer, cfg.max_length, cfg.parse_special_tokens)
         if "completion" in row or "messages" in row or "question" not in row:
-            return sft_row(where, row, tokenizer, cfg.max_length, cfg.prompt_style, cfg.filter_demos,
-                           cfg.parse_special_tokens, cfg.drop_false_equations, cfg)
+            return sft_row(where, row, tokenizer, cfg.max_length, cfg)
         check_question(row, where, load_judge(cfg))
         prompts = [question_messages(row, style, cfg) for style in cfg.prompt_style]
         return [render(tokenizer, prompt) for prompt in prompts], None
@@ -91,9 +90,8 @@ def show_row(where: str, row: dict, tokenizer: Tokenizer,
     rendered, dropped = read(row)
     # Without its marks all of an answer is trained: what differs was forced.
     unmarked, _ = read({key: value for key, value in row.items() if not key.endswith("_forced")})
-    titles = ["chosen", "rejected"] if "chosen" in row else cfg.prompt_style
-    if "question" not in row and "chosen" not in row:
-        titles = [f"sequence {number}" for number, _ in enumerate(rendered, 1)]
+    titles = (["chosen", "rejected"] if "chosen" in row else cfg.prompt_style if "question" in row
+              else [f"sequence {number}" for number, _ in enumerate(rendered, 1)])
     return [Sequence(title, *label_tokens(tokenizer, one, whole))
             for title, one, whole in zip(titles, rendered, unmarked, strict=False)], dropped
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from srit.config import PromptConfig
+from srit.config import InstructConfig
 from srit.data.batches import Example, Pair
 from srit.data.questions import check_question
 from srit.data.row_formats import split_prompt, to_trl
@@ -13,7 +13,6 @@ from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts, require
 from srit.text.arithmetic import equations
 from srit.text.prompts import (
-    DEFAULT,
     EmptyCompletion,
     Rendered,
     question_messages,
@@ -23,12 +22,11 @@ from srit.text.prompts import (
 from srit.text.tokenizer import Tokenizer
 
 Result = TypeVar("Result", Rendered, list[Rendered])
+DEFAULT = InstructConfig()
 
 
 def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
-             prompt_style: Sequence[str], filter_demos: bool,
-             parse_special_tokens: bool = True, drop_false_equations: bool = False,
-             cfg: PromptConfig = DEFAULT) -> tuple[list[Example], Counts]:
+             cfg: InstructConfig = DEFAULT) -> tuple[list[Example], Counts]:
     """SFT examples from demonstrations, from TRL rows (`prompt`/`completion`, or `messages`), or from
     rows that `to_trl` makes such of.
 
@@ -38,8 +36,7 @@ def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
     examples, counts = [], Counts("demonstrations")
     for file in files:
         for where, row in read_rows(file, counts):
-            rendered, dropped = sft_row(where, row, tokenizer, max_length, prompt_style, filter_demos,
-                                        parse_special_tokens, drop_false_equations, cfg)
+            rendered, dropped = sft_row(where, row, tokenizer, max_length, cfg)
             if dropped:
                 counts.drop(dropped)
                 continue
@@ -52,16 +49,14 @@ def read_sft(files: Sequence[str], tokenizer: Tokenizer, max_length: int,
     return examples, counts
 
 
-def sft_row(where: str, row: dict, tokenizer: Tokenizer, max_length: int, prompt_style: Sequence[str],
-            filter_demos: bool, parse_special_tokens: bool = True, drop_false_equations: bool = False,
-            cfg: PromptConfig = DEFAULT) -> tuple[list[Rendered], str | None]:
+def sft_row(where: str, row: dict, tokenizer: Tokenizer, max_length: int,
+            cfg: InstructConfig) -> tuple[list[Rendered], str | None]:
     """What one row is trained as, and why it is dropped, if it is.
 
     Dropped are demonstrations with a wrong final answer (`filter_demos`), rows with an empty answer or
     one of which every token was forced (`completion_forced`, see `render`), rows longer than
     `max_length`, those with a false equation (`drop_false_equations`) and the bad answers of KTO's rows
-    (`label` false). Raises InputError for a malformed row. parse_special_tokens: see `render`; cfg: see
-    `question_messages` and `load_judge`.
+    (`label` false). Raises InputError for a malformed row.
     """
     row = to_trl(row, where)
     if "messages" in row:
@@ -74,22 +69,23 @@ def sft_row(where: str, row: dict, tokenizer: Tokenizer, max_length: int, prompt
             judge = load_judge(cfg)
             check_question(row, where, judge)
             require(row, "completion", str, where)
-        for key in ("prompt", "completion"):
-            if key not in row and "question" not in row:
-                raise InputError(f"{where}: the row has no field '{key}' (expected a demonstration, "
-                                 "prompt/completion, messages, or another of docs/data.md)")
-        if "label" in row and "question" not in row:
-            require(row, "label", bool, where)
-            if not row["label"]:
-                return [], "label is false"
+            prompts = [question_messages(row, style, cfg) for style in cfg.prompt_style]
+        else:
+            for key in ("prompt", "completion"):
+                if key not in row:
+                    raise InputError(f"{where}: the row has no field '{key}' (expected a "
+                                     "demonstration, prompt/completion, messages, or another of "
+                                     f"docs/data.md; it has {sorted(row)!s:.200})")
+            if "label" in row:
+                require(row, "label", bool, where)
+                if not row["label"]:
+                    return [], "label is false"
+            prompts = [row["prompt"]]
         if _is_empty(row["completion"]):
             return [], "empty completion"
-        prompts = [row.get("prompt")]
-        if "question" in row:
-            if filter_demos and not judge(row["completion"], row).correct:
-                return [], "answer differs from the ground truth"
-            prompts = [question_messages(row, style, cfg) for style in prompt_style]
-        rendered = [_at(where, render, tokenizer, prompt, row["completion"], parse_special_tokens,
+        if "question" in row and cfg.filter_demos and not judge(row["completion"], row).correct:
+            return [], "answer differs from the ground truth"
+        rendered = [_at(where, render, tokenizer, prompt, row["completion"], cfg.parse_special_tokens,
                         row.get("completion_forced")) for prompt in prompts]
     if not rendered or not all(rendered):
         return [], "empty completion"
@@ -97,7 +93,7 @@ def sft_row(where: str, row: dict, tokenizer: Tokenizer, max_length: int, prompt
         return rendered, f"longer than max_length {max_length}"
     if any(map(_only_end_is_trained, rendered)):
         return rendered, "no token of its own to train"
-    if drop_false_equations and not all(e.holds for e in equations(_answer_text(row))):
+    if cfg.drop_false_equations and not all(e.holds for e in equations(_answer_text(row))):
         return rendered, "false equation"
     return rendered, None
 
@@ -137,7 +133,7 @@ def pair_row(where: str, row: dict, tokenizer: Tokenizer, max_length: int,
                          "two is better; sft takes such rows, dpo needs chosen and rejected")
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise InputError(f"{where}: the row has no field '{key}'")
+            raise InputError(f"{where}: the row has no field '{key}' (it has {sorted(row)!s:.200})")
     prompt, chosen, rejected = split_prompt(row, where)
     if _is_empty(chosen) or _is_empty(rejected):
         return [], "empty completion"

@@ -19,26 +19,22 @@ def check_question(row: dict, where: str, judge: Judge = grade) -> dict:
     return row
 
 
-def _read(path: str | Path, extra: tuple[str, ...], judge: Judge) -> list[dict]:
+def read_questions(path: str | Path, judge: Judge = grade, demos: bool = False) -> list[dict]:
+    """Question rows: `id`, `task`, `question`, `answer`, and `choices` for multiple choice."""
     lines, seen = read_rows(path), {}
     for where, row in lines:
         check_question(row, where, judge)
-        for key in extra:
-            require(row, key, str, where)
+        if demos:
+            require(row, "completion", str, where)
         if row["id"] in seen:
             raise InputError(f"{where}: duplicate id {row['id']!r}, first seen at {seen[row['id']]}")
         seen[row["id"]] = where
     return [row for _, row in lines]
 
 
-def read_questions(path: str | Path, judge: Judge = grade) -> list[dict]:
-    """Question rows: `id`, `task`, `question`, `answer`, and `choices` for multiple choice."""
-    return _read(path, (), judge)
-
-
 def read_demos(path: str | Path, judge: Judge = grade) -> list[dict]:
     """Demonstrations: question rows with the teacher's `completion`."""
-    return _read(path, ("completion",), judge)
+    return read_questions(path, judge, demos=True)
 
 
 def dataset_name(path: str | Path) -> str:

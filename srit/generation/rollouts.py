@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from srit.config import GenerateConfig, PromptConfig
+from srit.config import GenerateConfig, QuestionConfig
 from srit.data.batches import shared_prefix
 from srit.data.questions import dataset_name, read_questions
 from srit.generation.engine import generate
@@ -50,7 +50,7 @@ class Prompt:
 
 def read_prompts(files: Sequence[str], styles: Sequence[str], tokenizer: Tokenizer,
                  limit: int | None, one_id_space: bool = False,
-                 cfg: PromptConfig = DEFAULT) -> list[Prompt]:
+                 cfg: QuestionConfig = DEFAULT) -> list[Prompt]:
     """The questions of all files, each in all styles. Raises InputError for a duplicate id.
 
     one_id_space: also when the two belong to different data sets. Pairs are found by id alone.
@@ -82,7 +82,7 @@ def load_for_generation(cfg: GenerateConfig, device: torch.device,
                      _cache_bytes(cfg), bool(cfg.stop_strings))
     else:
         model, _ = load_model(cfg.model_name_or_path, dtype=getattr(torch, cfg.dtype), device=device)
-        model.pack_weights()
+        model.pack_weights(cfg.quantization)
     tokenizer.check_model(model.config.vocab_size)
     return model, tokenizer
 
@@ -145,7 +145,7 @@ def generate_rollouts(model: Decoder | VLLM, tokenizer: Tokenizer, prompts: Sequ
             slots=cfg.per_device_batch_size, cache_bytes=_cache_bytes(cfg),
             prefix=shared_prefix([p.ids for p in prompts]), readers_per_prompt=cfg.num_samples,
             on_finish=write, should_stop=shutdown.requested)
-    progress.close()
+    progress.bar.close()
     distributed.barrier()
     if distributed.any_rank(shutdown.requested()):
         raise Stopped(f"stopped: {path} has the rows so far; the same command goes on from there")
@@ -232,6 +232,3 @@ class _Progress:
         self.bar.set_postfix_str(f"{speed:.0f} tokens/s, correct {self.correct / self.n:.1%}, "
                                  f"finished {self.finished / self.n:.1%}", refresh=False)
         self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
-from srit.config import PromptConfig
+from srit.config import QuestionConfig
 from srit.grading import answers, final_answer, numerals
 from srit.grading.tasks import choice, code, exact, expression, json, math
 from srit.runtime import distributed
@@ -71,14 +72,15 @@ class Judge:
 
     def _verify(self, text: str, row: Mapping, where: str) -> Grade:
         try:
-            found = self.verifier(text, row)
-        except Exception as error:  # whatever the user's code raises
+            found = self.verifier(text, deepcopy(row))  # it may keep or change what it gets
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
             raise InputError(f"{where}: {_told(error)}") from error
         result = found
         if isinstance(found, int | float):
             said = text.strip() or None
             score = None if isinstance(found, bool) else found
-            result = Grade(said, found == 1, said, found == 1, score)
+            right = bool(found == 1)  # of a float of numpy, too
+            result = Grade(said, right, said, right, score)
         if not _is_valid(result):
             raise InputError(f"{where}: must return a bool, a number from 0 to 1, or a Grade of such, "
                              f"got {found!r:.200}")
@@ -88,14 +90,14 @@ class Judge:
 grade = Judge()  # without a verifier, and without permission to run code
 
 
-def load_judge(cfg: PromptConfig) -> Judge:
+def load_judge(cfg: QuestionConfig) -> Judge:
     """The judge that the settings ask for. A verifier is loaded once, which one line says."""
     if cfg.verifier is None:
         return Judge(allow_code_execution=cfg.allow_code_execution)
     return Judge(_load_verifier(cfg.verifier), cfg.verifier)
 
 
-def judge_files(cfg: PromptConfig) -> list[Path]:
+def judge_files(cfg: QuestionConfig) -> list[Path]:
     """The files behind the judge, which every stage that grades has among its inputs: gradings made by
     another judge are not this one's."""
     if cfg.verifier is not None:
@@ -121,7 +123,7 @@ def _load_verifier(name: str) -> Callable:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"--verifier {name}: {_told(error)}") from error
     verifier = getattr(module, function, None)
     if not callable(verifier):
@@ -129,7 +131,7 @@ def _load_verifier(name: str) -> Callable:
     return verifier
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     frame = extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
 

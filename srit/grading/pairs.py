@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from srit.config import PromptConfig
+from srit.config import QuestionConfig
 from srit.grading.judge import load_judge
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts
@@ -72,7 +72,7 @@ def _why(chosen: list[Candidate], rejected: list[Candidate], none_rejected: str)
 
 def build_pairs(samples: Sequence[dict], demos: Sequence[dict], policy: str = "paper",
                 pair_prompt: str = "cot", selection: str = "uniform", max_pairs_per_question: int = 1,
-                seed: int = 0, cfg: PromptConfig = DEFAULT,
+                seed: int = 0, cfg: QuestionConfig = DEFAULT,
                 min_margin: float = 0.0) -> tuple[list[dict], list[Counts]]:
     """Preference pairs, and the counts of samples and of questions.
 

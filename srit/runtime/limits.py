@@ -6,6 +6,7 @@ Every check raises InputError with one line that names the file, and the row or 
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,17 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The JSON value of the bytes: UTF-8, nested at most NESTING deep, every text valid Unicode."""
+    """The JSON value of the bytes: UTF-8, nested at most NESTING deep, every text valid Unicode, no key
+    twice in an object (Python would take the last)."""
+    def no_key_twice(pairs: list[tuple[str, Any]]) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            (twice, _), = Counter(key for key, _ in pairs).most_common(1)
+            raise InputError(f"{where}: the key {twice!r:.80} stands twice in one object")
+        return value
+
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_key_twice)
         # Escapes are the only way to write half of a surrogate pair, brackets the only way to nest.
         if SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -29,41 +29,54 @@ OPERATOR = (rf"(?<![^\W\d])[xX](?=\s*[(.\d{CURRENCY}])|(?:times|plus|minus|(?:di
 WORD = rf"(?!{OPERATOR})[^\W\d]\w*(?:[-'’/][^\W\d]\w*)*"
 TOKEN = re.compile(
     rf"(?P<number>(?:(?P<currency>[{CURRENCY}]) ?)?(?:(?P<whole>\d{{1,9}}) (?=\d+/\d))?"
-    rf"(?P<digits>{DIGITS})(?P<percent>{PERCENT})?)"
+    rf"(?P<digits>{DIGITS})(?P<percent>{PERCENT})?(?(currency)(?P<per>/{WORD})?))"
     rf"|(?P<operator>{OPERATOR}|\*(?!\*)|[-+/×·÷−]|(?<=\s)–(?=\s))"
-    rf"|(?P<open>\()|(?P<close>\))|(?P<words>/?{WORD}(?: {WORD})*)|(?P<other>\*\*|\S)")
+    rf"|(?P<open>\()|(?P<close>\))|(?P<words>{WORD}(?: {WORD})*)|(?P<other>\*\*|\S)")
 SIGNS = {"x": "*", "×": "*", "·": "*", "times": "*", "multiplied by": "*", "of": "*", "of the": "*",
          "\\times": "*", "\\cdot": "*", "÷": "/", "divided by": "/", "\\div": "/", "plus": "+",
          "minus": "-", "−": "-", "–": "-"}
-MINUS = ("-", "−")
+MINUS, DASHES = ("-", "−"), ("-", "−", "–")
 
 # Words that change the number before them, or the value behind them.
 PARTS = r"hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
 SCALES = rf"dozens?|hundreds?|thousands?|(?:m|b|tr)illions?|{PARTS}|squared|cubed"
 VAGUE = re.compile(
-    rf"(?:^\w|(?<![-'’/\w])[^\W\d_aA])(?![-'’/\w])|\d|\b(?:{SCALES}|[ap]m|st|nd|rd|th|percent|point|or|if|than|times"
-    r"|plus|minus|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty)\b", re.I)
+    rf"(?:^(?!a \w)/?\w|(?<![-'’/\w])[^\W\d_aA])(?![-'’/\w])|\d|\b(?:{SCALES}|[ap]m|st|nd|rd|th|percent"
+    r"|point|or|if|than|times|plus|minus|rounded|rounds to|one|two|three|four|five|six|seven|eight|nine"
+    r"|tens?|eleven|twelve|twenty)\b", re.I)
 UNIT_WORDS = 6
+NUMBERED = ("step|day|week|month|part|case|question|problem|item|room|page|chapter|level|round|game|age"
+            "|january|february|march|april|may|june|july|august|september|october|november|december")
 CHANGES = re.compile(
-    rf"(?:(?:\b(?:{PARTS}|squares?|cubes?|roots?|average|mean|remainder|percent)|[%\d]) of(?: the)?"
-    r"|\b(?:twice|thrice|doubled?|tripled?|half|negative)|\d and(?=\s+\0\d+/))\s*\0", re.I)
+    rf"(?:(?:\b(?:{PARTS}|squares?|cubes?|roots?|average|mean|remainder|percent)|[%\d])"
+    r" off?(?: of)?(?: the)?|\b(?:twice|thrice|doubled?|tripled?|half|negative|subtracted from|out of"
+    r"|mod|sqrt|log|ln|sin|cos|tan|abs|gcd|lcm)|\d :|\d over|\d and(?=\s+\0\d+/))\s*\0"
+    rf"|\b(?:{NUMBERED})s?\s+\0\d+ ?[-–−]"  # Step 2 - 12 + 8; pages 5-10
+    r"|\bon day\s+\0\d"
+    r"|(?<![\w'’])[^\W\d_]\s*\0[-−(]"  # x -5 + 3; n (5 + 3)
+    rf"|(?<!= )(?<![\d.,=–−{CURRENCY}-])[{CURRENCY}]?\d(?:[\d.,]*\d)?(?: [^\W\d]+)? and"
+    r"\s+\0[^*x×·/÷]*[-+]", re.I)  # 5 boys and 3 girls + 2; not: = 8 and 8 - 2
 BEFORE = re.compile(  # what may stand before an expression
-    r"(?:(?:^|[=(\[{<>|\"'“‘]|(?:^|[\s(\"])\*\*|[^\W\d]:)\s*"
-    r"|(?:^ *[-*•]|[^\W\d]|[,.;:?!)\]\"'”’—>|…]|\*\*)\s+)\Z", re.M)
+    r"(?:(?:^|[=(\[{<>|“‘]|(?<!\d)[\"']|(?:^|[\s(\"])\*\*|[^\W\d]:)\s*"
+    r"|(?:^ *[-*•]|[^\W\d]|[,.;:?!)\]\"'”’—→⇒>|…]|\*\*)\s+)\Z", re.M)
 SPACED = r"\s(?:[-+*/xX×·÷–−]|times|plus|minus)\s"
 AMBIGUOUS = re.compile(
     rf"\d-\d.*{SPACED}|{SPACED}.*\d-\d"  # 10-15 * 2
     rf"|(?:/ |÷ ?|\bby )[{CURRENCY}]?\d+/\d"  # 6 / 1/2
+    r"|\b0[xX]\d|\$.*\\(?:times|cdot|div)|\\(?:times|cdot|div).*\$"  # code, LaTeX
+    r"|^\d/\d(?: [^\W\d]+)+\s*$"  # 1/2 cup = 4 ounces
     r"|[*xX×·] ?100 ?%"  # 0.4 * 100% is 40 to many
     r"|\b\d\d?/\d\d?/\d{4}\b|\b\d{4}-\d\d?-\d\d?\b")  # dates
 # Units of one kind in several sizes: 2 hours + 30 minutes is not 32.
 SIZES = [re.compile(rf"\b(?:({')|('.join(words.split())}))s?\b", re.I) for words in (
     "dollar cent penny|pennie nickel dime",
-    "sec|second min|minute hr|hour day week month year decade", "inch|inche foot|feet yard mile",
-    "mm|millimet(?:er|re) cm|centimet(?:er|re) met(?:er|re) km|kilomet(?:er|re)",
-    "ounce|oz pound|lb ton", "mg|milligram gram kg|kilogram",
-    "teaspoon|tsp tablespoon|tbsp cup pint quart gallon", "ml|millilit(?:er|re) lit(?:er|re)")]
+    "sec|second min|minute hr|hour day week fortnight month year decade century|centurie",
+    "inch|inche|\\Ain foot|feet|ft yard|yd mile|mi mm|millimet(?:er|re) cm|centimet(?:er|re)"
+    " met(?:er|re) km|kilomet(?:er|re)", "ounce|oz pound|lb ton mg|milligram gram kg|kilogram",
+    "teaspoon|tsp tablespoon|tbsp cup pint quart gallon ml|millilit(?:er|re) lit(?:er|re)",
+    "kb mb gb tb")]
 DOLLAR = (0, 1)
+RATE = re.compile(r"/|(?:^| )(?:per|an?|each|every)\b")
 
 EQUALS = re.compile(rf"(?P<before> ?)=(?P<after> ?)(?P<currency>[{CURRENCY}])?\Z")
 STATED = re.compile(rf"\s?(?P<minus>[-−] ?)?(?P<currency>[{CURRENCY}] ?)?(?P<digits>{DIGITS})"
@@ -214,6 +227,8 @@ class _Reader:
         self.tokens, self.at = tokens, at
         self.operators: set[str] = set()
         self.sizes: set[tuple[int, int]] = set()
+        self.rates: set[tuple[int, int]] = set()  # per which
+        self.plain: set[tuple[int, int]] = set()  # the sizes that are not part of a rate
         self.doubtful = False
 
     def _kind(self) -> str | None:
@@ -289,17 +304,30 @@ class _Reader:
             value = int(token["whole"]) + value / (below or 1)
         if token["currency"]:
             self.sizes.add(DOLLAR)
+            self._unit(token["per"] or "")
         return (value / 100, "%") if token["percent"] else (value, token["currency"] or "")
 
     def _unit(self, words: str) -> None:
         if len(words.split()) > UNIT_WORDS or VAGUE.search(words):
             raise _NotAnExpression
-        self.sizes |= _sizes(words)
+        above, *below = RATE.split(words, maxsplit=1)
+        self.sizes |= _sizes(above)
+        if below:
+            self.rates |= _sizes(below[0])
+        else:
+            self.plain |= _sizes(above)
+
+    def mixed(self) -> bool:
+        """Whether measures must be converted: 2 hours + 30 minutes, 60 miles per hour * 30 minutes."""
+        several, of_rates = (len(dict(sizes)) < len(sizes) for sizes in (self.sizes, self.rates))
+        apart = dict(self.rates).keys() & dict(self.plain).keys() - dict(self.rates & self.plain).keys()
+        return bool(several and self.operators - {"*"} or of_rates and self.operators & {"+", "-"}
+                    or apart and "*" in self.operators and "/" not in self.operators)
 
 
 def _sizes(words: str) -> set[tuple[int, int]]:
     """(kind, size) of the measures in a unit: of 3 miles per hour, miles."""
-    words = re.split(r"/| (?:per|an?|each|every)\b", words)[0]
+    words = RATE.split(words, maxsplit=1)[0]
     return {(kind, found.lastindex) for kind, pattern in enumerate(SIZES)
             for found in pattern.finditer(words)}
 
@@ -320,13 +348,33 @@ def _left_side(text: str, end: int) -> _Side | None:
             continue
         if reader.at < len(tokens):
             continue
-        start, lead = token.start(), text[max(0, token.start() - 80):token.start()]
-        before = [token.lastgroup for token in tokens[max(0, first - 2):first]]
-        subtracts = signed and before in (["number", "words"], ["close", "words"])  # 12 apples -5 + 3
-        kinds = [kind for kind, _ in reader.sizes]
-        mixed = len(kinds) > len(set(kinds)) and reader.operators - {"*"}
-        if (not reader.operators or reader.doubtful or mixed or subtracts or not BEFORE.search(lead)
+        start = token.start()
+        lead = text[max(0, start - 80, text.rfind("\n", least, start) + 1):start]
+        if (not reader.operators or reader.doubtful or reader.mixed() or _within(tokens, first, reader)
+                or not BEFORE.search(lead)
                 or CHANGES.search(f"{lead}\0{text[start:end]}") or AMBIGUOUS.search(text[start:end])):
             return None
         return _Side(start, end, value, sign, frozenset(reader.sizes))
     return None
+
+
+def _within(tokens: list[re.Match], first: int, reader: _Reader) -> bool:
+    """Whether the words before an expression belong to a larger one."""
+    *more, number, last = [None, None, *tokens[:first]]
+    if last and last.lastgroup == "operator":  # x times 3 + 4
+        return last[0][-1].isalpha()
+    comma = last and last[0] == ","
+    if comma:
+        *more, number, last = *more, number
+    if not number or last.lastgroup != "words":
+        return False
+    if number.lastgroup == "operator" and not comma:  # 9 - his 1 + 2; not: - then 1 + 2
+        kinds = [token.lastgroup for token in more[-2:] if token]
+        return " " not in last[0] and bool(kinds) and ("number" in kinds or number[0] not in DASHES)
+    if number.lastgroup in ("number", "close") and tokens[first][0] in MINUS and not comma:
+        return True  # 12 apples -5 + 3
+    # 2 hours 30 minutes + 45 minutes
+    if number.lastgroup != "number" or not re.fullmatch(r"\w+(?: and)?", last[0]):
+        return False
+    unit = {DOLLAR} if number["currency"] and last[0] == "and" else _sizes(last[0])
+    return any(kind in dict(reader.sizes) and (kind, size) not in reader.sizes for kind, size in unit)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from srit.config import PromptConfig
+from srit.config import QuestionConfig
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import check_spans
 from srit.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ INSTRUCTIONS = {
 TEMPLATE = "{instruction}\nQuestion: {question}\nAnswer:{cot_suffix}"
 TEMPLATES = {"choice": "{instruction}\nQuestion: {question}\nChoices: {choices}\nAnswer:{cot_suffix}"}
 FIELD = re.compile(r"\{(instruction|question|choices|letters|cot_suffix)\}")
-DEFAULT = PromptConfig()
+DEFAULT = QuestionConfig()
 
 
 class EmptyCompletion(InputError):
@@ -45,7 +45,7 @@ class Rendered:
     text: str
 
 
-def question_messages(row: dict, prompt_style: str, cfg: PromptConfig = DEFAULT) -> list[Message]:
+def question_messages(row: dict, prompt_style: str, cfg: QuestionConfig = DEFAULT) -> list[Message]:
     """The messages for a question row: a system prompt, if any; instruction, question and choices.
 
     By default they end in "Answer:" (`direct`) or "Answer: Let's think step by step" (`cot`; Kojima et

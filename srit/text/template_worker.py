@@ -6,6 +6,7 @@ attributes, files and the interpreter; the memory limit protects the machine.
 """
 
 import json
+import resource
 import sys
 from datetime import datetime
 from functools import lru_cache
@@ -56,12 +57,7 @@ def answer(request: dict, max_characters: int) -> dict[str, str]:
 
 
 def main(memory: int, max_characters: int) -> None:
-    try:
-        import resource
-    except ImportError:  # not on Unix: no memory limit
-        pass
-    else:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line), max_characters)), flush=True)

@@ -33,6 +33,7 @@ def test_help_lists_every_flag_once_the_most_used_ones_first(command, monkeypatc
     flags, more = (re.findall(r"^\W* --(\w+)", text, re.M) for text in (first, "".join(groups)))
     known = [field.name for field in dataclasses.fields(COMMANDS[command][1])]
     assert sorted({"config", *known}) == sorted(flags + more)
+    assert "(required)" not in "".join(groups) and "Seed of the completions" not in "".join(groups)
     if groups:
         assert flags[0] == "config" and len(flags) <= 11 and len(groups) >= 3
 

@@ -71,7 +71,7 @@ def test_it_writes_nothing_into_an_input(tiny, run, tmp_path):
     """A stranger in a checkpoint would make it a damaged one."""
     inside = run / "checkpoint-2" / "hf"
     with pytest.raises(InputError, match="checkpoint-2, which is an input"):
-        convert.main(ConvertConfig(str(run / "checkpoint-2"), str(inside)))
+        convert.main(ConvertConfig(str(tiny), str(inside), str(run / "checkpoint-2")))
     with pytest.raises(InputError, match="adapter, which is an input"):
         convert.main(ConvertConfig(str(tiny), str(run / "adapter" / "hf"), str(run / "adapter")))
     assert not inside.exists() and not (run / "adapter" / "hf").exists()
@@ -133,7 +133,6 @@ def test_a_flipped_bit_of_a_checkpoint_or_an_adapter_is_noticed(tiny, run, tmp_p
         data = bytearray((copy / file).read_bytes())
         data[-1] ^= 1
         (copy / file).write_bytes(data)
-        model, adapter = (tiny, str(copy)) if name == "adapter" else (copy, None)
         with pytest.raises(InputError, match=f"{name}: {file} is damaged"):
-            convert.main(ConvertConfig(str(model), str(tmp_path / "out"), adapter))
+            convert.main(ConvertConfig(str(tiny), str(tmp_path / "out"), str(copy)))
     assert not (tmp_path / "out").exists()

@@ -199,6 +199,13 @@ def test_every_task_of_reasoning_gym_has_truths_that_ours_can_hold(tmp_path):
         assert grade(f"The answer is {row['answer']}.", row).correct, row
 
 
+@pytest.mark.parametrize("name", ["limit", "num_rows"])
+def test_a_negative_number_of_rows_is_refused(name):
+    """As the end of a slice it would leave out the last ones."""
+    with pytest.raises(InputError, match=f"--{name} -1: must be 1 or more"):
+        DataConfig("gsm8k", "out.jsonl", **{name: -1})
+
+
 def test_synthetic_rows_are_demonstrations(tmp_path):
     output = tmp_path / "q.jsonl"
     main(DataConfig(name="synthetic", output=str(output), num_rows=20, domain="out"))

@@ -352,8 +352,8 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match=r"pip install 'srit\[teacher\]'"):
         connect(cfg)
-    for setting in ({"concurrency": 0}, {"timeout": 0.0}, {"timeout": float("nan")},
-                    {"max_retries": -1}, {"temperature": float("nan")}):
+    for setting in ({"concurrency": 0}, {"limit": -1}, {"timeout": 0.0}, {"timeout": float("nan")},
+                    {"max_retries": -1}, {"temperature": float("nan")}, {"temperature": float("inf")}):
         with pytest.raises(InputError, match=next(iter(setting))):
             config(tmp_path, **setting)
     cfg.train_file *= 2

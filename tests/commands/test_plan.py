@@ -97,7 +97,7 @@ def test_the_command_says_what_to_do(capsys):
     assert "fits 80 GiB; at most about" in capsys.readouterr().out
     with pytest.raises(InputError, match="neither a model directory"):
         main(PlanConfig("no/such/shape"))
-    for settings, rule in (({"gpus": 0}, "--gpus 0: must be at least 1"),
+    for settings, rule in (({"gpus": 0}, "--gpus 0: must be 1 or more"),
                            ({"lora_r": 10**20}, f"--lora_r {10**20}: must be at most"),
                            ({"max_memory": math.nan}, "--max_memory nan: must be a number")):
         with pytest.raises(InputError, match=rule):

@@ -13,7 +13,10 @@ from tiny import demo, metrics, question, tiny_checkpoint, write_rows
 
 from srit.commands import run
 from srit.commands.config import RunConfig
+from srit.commands.progress import stage_config
 from srit.commands.run import main
+from srit.data import questions
+from srit.recipe import read_recipe, stages
 from srit.runtime.files import InputError
 from srit.runtime.outcome import BAD_INPUT, Stopped
 
@@ -174,6 +177,14 @@ def test_rows_are_checked_before_anything_is_written(recipe, name, fault):
     with pytest.raises(InputError, match=fault):
         main(RunConfig(str(recipe)))
     assert not (recipe.parent / "out").exists()
+
+
+def test_a_file_that_several_stages_read_is_checked_once(recipe, monkeypatch):
+    asked, read_rows = [], questions.read_rows
+    monkeypatch.setattr(questions, "read_rows", lambda file: asked.append(file) or read_rows(file))
+    run.check_inputs([(stage, stage_config(stage, "")) for stage in stages(read_recipe(recipe))])
+    # Demonstrations twice: as questions to sample, and with their completions.
+    assert sorted(Path(file).stem for file in asked) == ["demos", "demos", "far", "near"]
 
 
 def test_a_model_that_is_not_there_is_named_before_anything_is_written(recipe):

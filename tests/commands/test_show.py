@@ -48,7 +48,7 @@ def lines(out: str) -> list[tuple[int, str]]:
 def test_a_line_per_token_says_what_is_trained(files, monkeypatch, capsys):
     out = run(monkeypatch, capsys, files / "demos.jsonl", "--model_name_or_path", files)
     tokenizer = load_tokenizer(files)
-    examples, counts = read_sft([str(files / "demos.jsonl")], tokenizer, 1024, ["cot"], True)
+    examples, counts = read_sft([str(files / "demos.jsonl")], tokenizer, 1024)
     tokens = lines(out)
     assert [i for i, _ in tokens] == [i for e in examples for i in e.tokens.ids]
     trained = [i for i, state in tokens if state in ("trained", "turn end")]

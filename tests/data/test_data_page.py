@@ -23,7 +23,7 @@ def test_every_example_is_read_by_its_stages(tmp_path, name, row, stages):
     file, stages = str(write_rows(tmp_path / "rows.jsonl", [json.loads(row)])), stages.split(", ")
     tokenizer = family_tokenizer(tmp_path / "m", "chatml")
     readers = {
-        "sft": lambda: read_sft([file], tokenizer, 400, ["cot"], True)[0],
+        "sft": lambda: read_sft([file], tokenizer, 400)[0],
         "dpo": lambda: read_pairs([file], tokenizer, 400)[0],
         "pair": lambda: read_demos(file),
         **dict.fromkeys(("sample", "eval", "demos"), lambda: read_questions(file))}

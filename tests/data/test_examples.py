@@ -4,6 +4,7 @@ import pytest
 from templates import family_tokenizer
 from tiny import demo, pair, write_rows
 
+from srit.config import InstructConfig
 from srit.data.examples import read_pairs, read_sft
 from srit.runtime.files import InputError
 from srit.runtime.limits import ROW_BYTES
@@ -27,7 +28,7 @@ def tokenizer(tmp_path):
 ])
 def test_a_demonstration_that_cannot_be_trained_is_counted(tokenizer, tmp_path, row, reason):
     file = write_rows(tmp_path / "rows.jsonl", [demo(0, 3, 4), row])
-    examples, counts = read_sft([str(file)], tokenizer, 400, ["cot"], True)
+    examples, counts = read_sft([str(file)], tokenizer, 400)
     assert len(examples) == 1 and counts.dropped == {reason: 1}
 
 
@@ -49,7 +50,7 @@ def test_a_pair_that_cannot_be_trained_is_counted(tokenizer, tmp_path, change, r
 def test_a_row_of_other_types_is_named(tokenizer, tmp_path, row):
     file = write_rows(tmp_path / "rows.jsonl", [demo(0, 3, 4), row])
     with pytest.raises(InputError, match=r"rows.jsonl:2: "):
-        read_sft([str(file)], tokenizer, 400, ["cot"], True)
+        read_sft([str(file)], tokenizer, 400)
 
 
 LINE = "He has 3 + 4 = 7 apples. The answer is 7."
@@ -70,7 +71,8 @@ def answered(text):
 def test_rows_with_a_false_equation_are_counted_and_dropped_on_request(tokenizer, tmp_path, kind, drop):
     """Equations of prompts are none of the student's. One false equation is enough."""
     file = write_rows(tmp_path / "rows.jsonl", [answered(t)[kind] for t in (LINE, FALSE, NONE)])
-    examples, counts = read_sft([str(file)], tokenizer, 400, ["cot"], True, drop_false_equations=drop)
+    examples, counts = read_sft([str(file)], tokenizer, 400,
+                                InstructConfig(drop_false_equations=drop))
     if drop:
         assert len(examples) == 2 and counts.dropped == {"false equation": 1}
         assert counts.as_dict() | {"equations": 1, "false_equations": 0} == counts.as_dict()

@@ -9,7 +9,7 @@ from tiny import demo, question, write_rows
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from srit.config import PairConfig
+from srit.config import InstructConfig, PairConfig
 from srit.data.batches import collate_examples, collate_pairs
 from srit.data.examples import read_pairs, read_sft
 from srit.grading.judge import grade
@@ -177,7 +177,7 @@ def test_demonstrations_may_have_marks(tokenizer, tmp_path, row):
     file = write_rows(tmp_path / "rows.jsonl", [
         {**row, "id": "a"}, {**row, "id": "b", "completion_forced": [[at, at + 2]]},
         {**row, "id": "c", "completion_forced": None}])
-    (whole, marked, null), _ = read_sft([str(file)], tokenizer, 400, ["cot"], True)
+    (whole, marked, null), _ = read_sft([str(file)], tokenizer, 400)
     assert null.tokens == whole.tokens and marked.num_trained < whole.num_trained
     batch = collate_examples([marked])
     assert len(batch.targets) == marked.num_trained
@@ -203,7 +203,7 @@ def test_bad_spans_are_named(tmp_path, spans, message):
     for row in ({**question(0, 3, 4), "completion": WRONG}, {"prompt": "a", "completion": WRONG}):
         write_rows(file, [{**row, "completion_forced": spans}])
         with pytest.raises(InputError, match=bad):
-            read_sft([str(file)], tokenizer, 400, ["cot"], False)
+            read_sft([str(file)], tokenizer, 400, InstructConfig(filter_demos=False))
     for side in ("chosen", "rejected"):
         write_rows(file, [{"prompt": "a", "chosen": WRONG, "rejected": WRONG, f"{side}_forced": spans}])
         with pytest.raises(InputError, match=bad):
@@ -214,7 +214,7 @@ def test_marks_beside_messages_are_refused(tmp_path):
     tokenizer = family_tokenizer(tmp_path / "m", "chatml")
     row = {"messages": [*USER, {"role": "assistant", "content": "4"}], "completion_forced": [[0, 1]]}
     with pytest.raises(InputError, match="rows.jsonl:1: completion_forced says nothing of messages"):
-        read_sft([str(write_rows(tmp_path / "rows.jsonl", [row]))], tokenizer, 400, ["cot"], True)
+        read_sft([str(write_rows(tmp_path / "rows.jsonl", [row]))], tokenizer, 400)
 
 
 def test_an_answer_that_was_forced_whole_is_dropped_and_counted(tokenizer, tmp_path):
@@ -226,5 +226,5 @@ def test_an_answer_that_was_forced_whole_is_dropped_and_counted(tokenizer, tmp_p
     assert len(pairs) == 1 and counts.dropped == reason
     kept = {"prompt": USER, "completion": "So 42", "completion_forced": [[2, 5]]}
     write_rows(file, [kept, {**kept, "completion_forced": whole}])
-    examples, counts = read_sft([str(file)], tokenizer, 400, ["cot"], True)
+    examples, counts = read_sft([str(file)], tokenizer, 400)
     assert len(examples) == 1 and counts.dropped == reason

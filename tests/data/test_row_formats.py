@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory):
 
 def sft(tokenizer, folder, *rows):
     file = write_rows(folder / "rows.jsonl", [{"id": str(n), **row} for n, row in enumerate(rows)])
-    examples, counts = read_sft([str(file)], tokenizer, 400, ["cot"], True)
+    examples, counts = read_sft([str(file)], tokenizer, 400)
     return [(e.tokens.ids, e.tokens.mask) for e in examples], counts
 
 
@@ -75,7 +75,8 @@ def test_bad_answers_of_kto_are_dropped_and_counted(tokenizer, tmp_path):
     ({"instruction": "a", "input": ["b"], "output": "c"}, "field 'input' must be a string"),
     ({"instruction": "a", "output": "c", "history": [["a", "b"]]}, "field 'history' must be empty"),
     ({"text": None}, "field 'text' must be str"),
-    ({"input": "a", "output": "b"}, "no field 'prompt' .*docs/data.md"),
+    ({"input": "a", "output": "b"}, r"no field 'prompt' .*docs/data.md; it has \['id', 'input'"),
+    ({"prompt;completion": "a;b"}, r"it has \['id', 'prompt;completion'\]"),
 ])
 def test_a_row_that_is_none_of_these_is_named(tokenizer, tmp_path, row, message):
     with pytest.raises(InputError, match=f"rows.jsonl:1: .*{message}"):

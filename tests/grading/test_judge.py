@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from srit.config import PromptConfig
+from srit.config import QuestionConfig
 from srit.data.questions import check_question
 from srit.grading.judge import TASKS, Grade, grade, judge_files, load_judge
 from srit.runtime.files import InputError
@@ -54,6 +54,7 @@ def test_every_task_has_an_instruction():
     ("choice", "C", r"one of the choices \['A', 'B'\]"),
     ("exact", " ", "a text of one line"), ("exact", "two\nlines", "a text of one line"),
     ("json", "{'a': 1}", "answer: not JSON"), ("json", "[1]", "a JSON object"),
+    ("json", '{"a": [NaN]}', "answer holds NaN"),
     ("expression", "Paris", "LaTeX that math-verify reads"), ("expression", r"\frac{1", "LaTeX"),
     ("expression", "2 +", "LaTeX"), ("expression", "", "LaTeX"),
     ("poem", "x", "must be one of .*'code'.*--verifier of your own"),
@@ -92,19 +93,41 @@ def judge(text, row):
     ("true", Grade("true", True, "true", True)), ("one", Grade("one", True, "one", True, 1)),
     ("half", Grade("half", False, "half", False, 0.5)), ("grade", Grade("x", True, None, False, 0.25))])
 def test_a_verifier_returns_a_bool_a_share_or_a_grade(tmp_path, text, expected):
-    judge = load_judge(PromptConfig(verifier=verifier(tmp_path, JUDGE)))
+    judge = load_judge(QuestionConfig(verifier=verifier(tmp_path, JUDGE)))
     assert judge(text, check_question({**ROW, "task": "custom"}, "f:1", judge)) == expected
 
 
 @pytest.mark.parametrize("text", ["two", "nan", "text", "none", "odd"])
 def test_what_else_it_returns_is_refused_with_the_row(tmp_path, text):
-    judge = load_judge(PromptConfig(verifier=verifier(tmp_path, JUDGE)))
+    judge = load_judge(QuestionConfig(verifier=verifier(tmp_path, JUDGE)))
     with pytest.raises(InputError, match="judge: row 'a': must return a bool, a number from 0 to 1"):
         judge(text, ROW)
 
 
+def test_a_float_of_numpy_is_a_number(tmp_path):
+    code = "import numpy\ndef judge(text, row): return numpy.float64(text)"
+    judge = load_judge(QuestionConfig(verifier=verifier(tmp_path, code)))
+    assert judge("0.5", ROW) == Grade("0.5", False, "0.5", False, 0.5)
+    assert judge("1", ROW).correct is True
+
+
+def test_what_it_does_to_its_row_is_its_own(tmp_path):
+    code = "def judge(text, row):\n    row['choices'].pop('A'); row['answer'] = 'x'; return True"
+    judge = load_judge(QuestionConfig(verifier=verifier(tmp_path, code)))
+    row = {**ROW, "choices": {"A": "x"}}
+    assert judge("", row).correct and row == {**ROW, "choices": {"A": "x"}}
+
+
+def test_it_cannot_end_the_run(tmp_path):
+    """sys.exit(0) would leave a stage half done, with the status of one that finished."""
+    code = "import sys\ndef judge(text, row): sys.exit(0)"
+    judge = load_judge(QuestionConfig(verifier=verifier(tmp_path, code)))
+    with pytest.raises(InputError, match=r"row 'a': SystemExit: 0 \(.*my_judge.py:2\)"):
+        judge("", ROW)
+
+
 def test_an_error_in_it_names_the_row_and_the_line(tmp_path):
-    judge = load_judge(PromptConfig(verifier=verifier(tmp_path, JUDGE)))
+    judge = load_judge(QuestionConfig(verifier=verifier(tmp_path, JUDGE)))
     with pytest.raises(InputError, match=r"row 'a': KeyError: 'gone' \(.*my_judge.py:10\)"):
         judge("fails", ROW)
 
@@ -114,15 +137,15 @@ def test_an_error_in_it_names_the_row_and_the_line(tmp_path):
     ("def judge(", "SyntaxError: .*my_judge.py"), ("judge = 7", "has no function 'judge'")])
 def test_a_file_without_a_judge_is_refused(tmp_path, code, message):
     with pytest.raises(InputError, match=f"--verifier .*my_judge.py:judge: .*{message}"):
-        load_judge(PromptConfig(verifier=verifier(tmp_path, code)))
+        load_judge(QuestionConfig(verifier=verifier(tmp_path, code)))
     for name in ("judge.py", f"{tmp_path}/gone.py:judge", f"{tmp_path}:judge"):
         for reader in (load_judge, judge_files):
             with pytest.raises(InputError, match="must name a Python file and a function"):
-                reader(PromptConfig(verifier=name))
+                reader(QuestionConfig(verifier=name))
 
 
 def test_one_line_says_that_the_code_of_a_verifier_runs_and_its_file_is_an_input(tmp_path, capsys):
-    cfg = PromptConfig(verifier=verifier(tmp_path, "def judge(text, row):\n    return True\n"))
+    cfg = QuestionConfig(verifier=verifier(tmp_path, "def judge(text, row):\n    return True\n"))
     load_judge(cfg), load_judge(cfg)
     assert capsys.readouterr().out == (
         f"--verifier {cfg.verifier}: runs the code of that file, with your rights\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from srit.config import PromptConfig
+from srit.config import QuestionConfig
 from srit.data.questions import check_question
 from srit.grading.judge import TASKS, Judge, load_judge
 from srit.grading.tasks import code
@@ -18,7 +18,7 @@ EXAMPLES = re.findall(r"```python\n# (\w+\.py)\n(.*?)^```\n\n```json\n(.*?)^```"
 @pytest.mark.parametrize("name, source, rows", EXAMPLES)
 def test_an_example_judges_its_rows_as_shown(tmp_path, name, source, rows):
     (tmp_path / name).write_text(source)
-    judge = load_judge(PromptConfig(verifier=f"{tmp_path}/{name}:judge"))
+    judge = load_judge(QuestionConfig(verifier=f"{tmp_path}/{name}:judge"))
     for row in map(json.loads, rows.splitlines()):
         check_question(row, "row", judge)
         found = judge(row["text"], row)

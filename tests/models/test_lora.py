@@ -121,6 +121,9 @@ def test_an_adapter_is_no_model_and_says_how_to_make_one(model, base, tmp_path):
     for load in (load_model, load_tokenizer, model_files):
         with pytest.raises(InputError, match=f"an adapter of {base}, not a model; .*: {command}"):
             load(str(tmp_path / "adapter"))
+    edit(tmp_path / "adapter", base_model_name_or_path=None)
+    with pytest.raises(InputError, match="an adapter of BASE, .* convert --model_name_or_path BASE"):
+        load_model(str(tmp_path / "adapter"))
 
 
 def edit(directory, **changes):

@@ -15,6 +15,7 @@ from srit.runtime.limits import ROW_BYTES
     (b'{"a": 1}\n{not json\n', ":2: not JSON"),
     (b"[1]\n", ":1: expected an object, got list"),
     (b'{"id": "\xff"}\n', ":1: not UTF-8"),
+    (b'{"a": 1}\n{"a": {"b": 1, "c": 2, "b": 1}}\n', ":2: the key 'b' stands twice in one object"),
     (b"\n", "no rows"),
     (b"[" * 100_000, ":1: not JSON"),
     (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}\n", ":1: not JSON .nested more than 100 deep"),

@@ -5,7 +5,7 @@ import json
 import pytest
 from templates import CHATML, FAMILIES, MISTRAL, QWEN3, family_tokenizer, write_tokenizer
 
-from srit.config import PromptConfig, SFTConfig
+from srit.config import QuestionConfig, SFTConfig
 from srit.runtime.files import InputError
 from srit.text.prompts import Rendered, prompt_text, question_messages, render, render_conversation
 from srit.text.tokenizer import Tokenizer, load_tokenizer
@@ -62,20 +62,20 @@ def test_a_choice_question_names_the_letters_of_its_row():
 
 def test_prompts_are_the_users():
     row = {"id": "1", "task": "math", "question": "Is {x} 7?", "answer": "7"}
-    own = PromptConfig(instruction={"math": "Write \\boxed{answer}."}, system_prompt="Be brief.",
+    own = QuestionConfig(instruction={"math": "Write \\boxed{answer}."}, system_prompt="Be brief.",
                        prompt_template={"choice": "{question} ({letters}) {choices}"},
                        cot_suffix=" Think.")
     assert question_messages(row, "cot", own) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Write \\boxed{answer}.\nQuestion: Is {x} 7?\nAnswer: Think."}]
-    assert question_messages(row, "direct", PromptConfig(instruction={"math": ""})) == [
+    assert question_messages(row, "direct", QuestionConfig(instruction={"math": ""})) == [
         {"role": "user", "content": "Question: Is {x} 7?\nAnswer:"}]
     choice = {**row, "task": "choice", "choices": {"A": "yes", "B": "{question}"}}
     asked = question_messages(choice, "cot", own)[1]["content"]
     assert asked == "Is {x} 7? (A, B) A) yes B) {question}"
     with pytest.raises(InputError, match="of task 'maths': the tasks are math, choice, "):
-        question_messages(row, "cot", PromptConfig(instruction={"maths": "Solve it."}))
-    units = PromptConfig(instruction={"units": "Convert."}, verifier="judge.py:judge")
+        question_messages(row, "cot", QuestionConfig(instruction={"maths": "Solve it."}))
+    units = QuestionConfig(instruction={"units": "Convert."}, verifier="judge.py:judge")
     asked = question_messages({**row, "task": "units"}, "direct", units)[0]["content"]
     assert asked.startswith("Convert.\nQuestion: ")
     with pytest.raises(InputError, match="--prompt_template math 'Solve': must be a text with"):

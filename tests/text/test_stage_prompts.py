@@ -48,7 +48,7 @@ def test_all_stages_see_one_prompt(cfgs, tmp_path):
     write_tokenizer(tmp_path, QWEN3)
     tokenizers = {kind: load_tokenizer(tmp_path, template_kwargs=cfg.chat_template_kwargs)
                   for kind, cfg in cfgs.items() if kind != "pair"}
-    (example,), _ = read_sft([file], tokenizers["sft"], 400, ["cot"], True, cfg=cfgs["sft"])
+    (example,), _ = read_sft([file], tokenizers["sft"], 400, cfgs["sft"])
     sampled, asked = (read_prompts([file], ["cot"], tokenizers[kind], None, cfg=cfgs[kind])[0]
                       for kind in ("sample", "eval"))
     answers = [{**row, "sample": i, "prompt_style": "cot", "text": text, "finished": True,

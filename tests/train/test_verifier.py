@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import tiny_checkpoint, write_rows
 
-from srit.config import EvalConfig, PairConfig, SampleConfig
+from srit.config import EvalConfig, InstructConfig, PairConfig, SampleConfig
 from srit.data.examples import read_sft
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import read_jsonl
@@ -61,9 +61,9 @@ def test_the_filter_of_sft_asks_it(world):
     demos = write_rows(world / "demos.jsonl", [{**ROWS[0], "completion": "x" * 9},
                                                {**ROWS[1], "completion": "x" * 41}])
     tokenizer = load_tokenizer(str(world / "m"))
-    cfg = PairConfig(["f"], "o", verifier=f"{world}/my_judge.py:judge")
-    examples, counts = read_sft([str(demos)], tokenizer, 400, ["cot"], True, cfg=cfg)
+    cfg = InstructConfig(verifier=f"{world}/my_judge.py:judge")
+    examples, counts = read_sft([str(demos)], tokenizer, 400, cfg)
     assert [e.id for e in examples] == ["q1"]
     assert counts.dropped == {"answer differs from the ground truth": 1}
     with pytest.raises(InputError, match="demos.jsonl:1: field 'task' must be one of .*'length'"):
-        read_sft([str(demos)], tokenizer, 400, ["cot"], True)
+        read_sft([str(demos)], tokenizer, 400)

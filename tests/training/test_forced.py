@@ -86,7 +86,7 @@ def gradients(hidden, sides):
 
 def test_sft_gives_a_forced_token_no_gradient(model, tiny, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", DEMOS)
-    examples, _ = read_sft([str(file)], load_tokenizer(tiny), 256, ["cot"], True)
+    examples, _ = read_sft([str(file)], load_tokenizer(tiny), 256)
     batch, outputs = collate_examples(examples), last_hidden(model)
     loss, _ = sft.compute_loss(model, batch, scale=1.0)
     loss.backward()
@@ -159,7 +159,7 @@ def test_sft_is_a_mean_over_trained_tokens(model, tiny, tmp_path, settings):
     size = 2 if "gradient_accumulation_steps" in settings else 6
     (row,) = run(sft, SFTConfig, tiny, tmp_path, "out", DEMOS, per_device_train_batch_size=size,
                  **{"gradient_accumulation_steps": 6, **settings})
-    examples, _ = read_sft([str(tmp_path / "out.jsonl")], load_tokenizer(tiny), 256, ["cot"], True)
+    examples, _ = read_sft([str(tmp_path / "out.jsonl")], load_tokenizer(tiny), 256)
     with torch.no_grad():
         logps = torch.cat([own_logps(model, example.tokens) for example in examples])
     assert len(logps) == sum(example.num_trained for example in examples)

@@ -206,7 +206,7 @@ def test_best_checkpoint_is_the_one_with_the_lowest_eval_loss(tiny, tmp_path):
     losses = {row["step"]: row["eval_loss"] for row in metrics(out)}
     run = json.loads((out / "run.json").read_text())
     assert run["best_step"] == min(losses, key=losses.get)
-    examples, _ = read_sft([file], load_tokenizer(str(out)), 256, ["cot"], True)
+    examples, _ = read_sft([file], load_tokenizer(str(out)), 256)
     model, _ = load_model(str(out))
     cfg = SFTConfig(str(out), [file], "o")
     assert sft.evaluate(model, examples, cfg, torch.device("cpu"))["eval_loss"] == pytest.approx(

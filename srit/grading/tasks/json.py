@@ -23,6 +23,8 @@ def check(row: Mapping, where: str) -> None:
     if not isinstance(value, dict):
         raise InputError(f"{where}: answer must be a JSON object for task json, got "
                          f"{row['answer']!r:.80}")
+    if not equal(value, row):
+        raise InputError(f"{where}: answer holds NaN, which no answer is equal to, not even itself")
 
 
 def extract(text: str, row: Mapping) -> tuple[dict | None, dict | None]:
