@@ -7,12 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from srit.models.config import ModelConfig
 from srit.models.decoder import Decoder
@@ -144,6 +141,11 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _read_training_checkpoint(directory: Path) -> dict[str, Tensor]:
     """The weights of a training run's checkpoint-N, assembled from the shards of all ranks."""
+    # Here, because they take half a second, which every other start would wait for.
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     reader = HuggingFaceStorageReader(str(directory / "state"))
     try:
         known = reader.read_metadata().state_dict_metadata

@@ -15,6 +15,7 @@ dimension.
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from srit.models.ops import to_device
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+varlen_attn = None
+if torch.backends.cuda.is_built():  # it imports torch's compiler, which takes a second
+    with suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass
