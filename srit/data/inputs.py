@@ -12,7 +12,7 @@ from srit.text import arithmetic
 
 
 def stage_inputs(cfg: Any) -> list[Path]:
-    """The files behind the settings named *_file, the model's, and the code that judges them."""
+    """The files behind the settings named *_file, the model's, and code that judges or calculates."""
     files = [file for field in dataclasses.fields(cfg) if field.name.endswith("_file")
              for source in getattr(cfg, field.name) for file in source_files(source)]
     if hasattr(cfg, "model_name_or_path"):
@@ -20,6 +20,6 @@ def stage_inputs(cfg: Any) -> list[Path]:
     if isinstance(cfg, EvalConfig | SampleConfig | PairConfig) or (
             isinstance(cfg, SFTConfig) and cfg.filter_demos):
         files += judge_files(cfg)
-    if isinstance(cfg, SFTConfig) and cfg.drop_false_equations:
+    if getattr(cfg, "calculator", False) or getattr(cfg, "drop_false_equations", False):
         files.append(Path(arithmetic.__file__))
     return files

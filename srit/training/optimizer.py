@@ -35,7 +35,9 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) ->
         return 1.0
     if scheduler == "linear":
         return max(0.0, 1.0 - progress)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))  # cosine
+    if scheduler == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    raise ValueError(f"unknown scheduler {scheduler!r}")
 
 
 def warmup_steps(total_steps: int, ratio: float, steps: int) -> int:
