@@ -50,15 +50,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos and sin (B, T, 1, hd / 2) float32; the result has the dtype of x.
     """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _turn(x, cos, sin)
+    return _Rotate.apply(x, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.float().chunk(2, -1)
     return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)),
                      -1).to(x.dtype)
 
 
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None  # by the opposite angle
+
+
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * scale * weight.float()).to(x.dtype), scale
+    return (x32 * scale).mul_(weight.float()).to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -72,14 +91,14 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed, grad = x.float() * scale, grad.float()
-        dx = dweight = None
+        normed, grad = x.float() * scale, grad.to(torch.float32, copy=True)
+        product, dx, dweight = grad * normed, None, None
         if ctx.needs_input_grad[1]:
-            dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            dweight = product.flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            grad = grad * weight.float()
-            # normed has mean square 1, so the component of grad along it is a mean.
-            dx = (grad - normed * (grad * normed).mean(-1, keepdim=True)).mul_(scale).to(x.dtype)
+            # normed has mean square 1, so the component of grad * weight along it is a mean.
+            along = product.mul_(weight.float()).mean(-1, keepdim=True)
+            dx = grad.mul_(weight.float()).sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
         return dx, dweight, None
 
 
@@ -107,7 +126,7 @@ def _activate(gate: Tensor, gelu: bool) -> Tensor:
 
 @contextmanager
 def recompute_in_backward() -> Iterator[None]:
-    """Save no tensor marked `recomputable`; the backward recomputes it at each use.
+    """Save no tensor marked `recomputable`; the backward recomputes it.
 
     Only the innermost saved-tensor hooks apply, so inside a checkpoint this does nothing.
     """
@@ -125,27 +144,41 @@ def recomputable(value: Tensor, function: Callable[..., Tensor], *args: object) 
     if _recomputing:
         args = (arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         # On the storage: views share the mark, and it is freed with the memory it describes.
-        value.untyped_storage().recompute = partial(function, *args)
+        value.untyped_storage().recompute = _Recomputation(partial(function, *args))
     return value
 
 
-def _pack(tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size]:
+class _Recomputation:
+    """A tensor that several nodes saved: made at its first use in the backward, freed at its last."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.function, self.uses, self.value = function, 0, None
+
+    def use(self) -> Tensor:
+        value = self.function() if self.value is None else self.value
+        self.uses -= 1
+        self.value = value if self.uses > 0 else None
+        return value
+
+
+def _pack(tensor: Tensor) -> Tensor | tuple[_Recomputation, torch.Size]:
     storage = tensor.untyped_storage()
-    function = getattr(storage, "recompute", None)
-    if function is None or tensor.nbytes != storage.nbytes() or not tensor.is_contiguous():
+    mark = getattr(storage, "recompute", None)
+    if mark is None or tensor.nbytes != storage.nbytes() or not tensor.is_contiguous():
         # Detached: a node that holds its own output with its history would never be freed.
         return tensor.detach()
-    return function, tensor.shape
+    mark.uses += 1
+    return mark, tensor.shape
 
 
-def _unpack(saved: Tensor | tuple[Callable[[], Tensor], torch.Size]) -> Tensor:
+def _unpack(saved: Tensor | tuple[_Recomputation, torch.Size]) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
-    function, shape = saved
-    return function().view(shape)
+    mark, shape = saved
+    return mark.use().view(shape)
 
 
-def return_free_memory(*_: object) -> None:
+def trim_heap(*_: object) -> None:
     """Return freed heap to the OS: glibc keeps fragments that later tensors do not fit (docs/step.md).
 
     Does nothing where the C library has no malloc_trim.
@@ -156,17 +189,15 @@ def return_free_memory(*_: object) -> None:
             trim(0)
 
 
-def trim_heap_between_layers(embedding: nn.Module, layers: nn.ModuleList) -> None:
-    """On a CPU, return freed heap after every block's forward, and before the embedding's gradient.
+def trim_heap_in_backward(embedding: nn.Module) -> None:
+    """Trim the heap before the gradient of `embedding`, once a backward.
 
-    The embedding's gradient is the last and largest tensor of the backward; the activations are
-    freed by then, but in fragments.
+    It is the last and largest tensor of the backward; the activations are freed by then, but in
+    fragments. To trim more often saves little memory: the pages come back one by one, as faults.
     """
     embedding.register_forward_hook(_trim_before_gradient)
-    for block in layers:
-        block.register_forward_hook(return_free_memory)
 
 
 def _trim_before_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
     if output.requires_grad:
-        output.register_hook(return_free_memory)
+        output.register_hook(trim_heap)

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch._dynamo  # here, because its import in every child would be most of the calls
 from tiny import demo, metrics, pair, question, tiny_checkpoint, write_rows
 
 from srit.config import DPOConfig, SampleConfig, SFTConfig

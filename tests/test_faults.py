@@ -1,11 +1,9 @@
 """Bad days: what goes wrong from outside, and what a run makes of it."""
 
-import ctypes
 import fcntl
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -15,6 +13,7 @@ import time
 
 import pytest
 import torch
+from forks import Fork, limit_files, start_ranks, without_override
 from safetensors.torch import load_file
 from tiny import demo, metrics, pair, question, tiny_checkpoint, tiny_gguf, write_rows
 from tokenizers import pre_tokenizers
@@ -57,10 +56,14 @@ def start(stage, tiny, rows, out, **settings):
         main(cls(str(tiny), file, str(out), **{**LOOP, **settings}))
 
 
+def flags(stage, tiny, rows, out, **settings):
+    return [f"--model_name_or_path={tiny}", f"--train_file={rows}/{stage}.jsonl", f"--output_dir={out}",
+            *(f"--{k}={v}" for k, v in settings.items())]
+
+
 def command(stage, tiny, rows, out, **settings):
-    words = [f"--{k}={v}" for k, v in {**LOOP, **settings}.items()]
-    return [sys.executable, "-m", f"srit.train.{stage}", "--model_name_or_path", str(tiny),
-            "--train_file", str(rows / f"{stage}.jsonl"), "--output_dir", str(out), *words]
+    return [sys.executable, "-m", f"srit.train.{stage}",
+            *flags(stage, tiny, rows, out, **LOOP | settings)]
 
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -217,13 +220,12 @@ def test_checkpoints_of_interruptions_go_with_their_best_weights_when_a_run_is_f
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_with_status_75(tiny, rows, tmp_path, number):
     out = tmp_path / "out"
-    settings = {"save_steps": 0, "max_steps": 100_000}
-    run = subprocess.Popen(command("sft", tiny, rows, out, **settings), env=ENV, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = flags("sft", tiny, rows, out, **LOOP | {"save_steps": 0, "max_steps": 100_000})
+    run = Fork("sft", words, tmp_path / "log")
     wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text())
     run.send_signal(number)
-    said, complained = run.communicate(timeout=60)
-    assert run.returncode == STOPPED, complained
+    said, complained = run.communicate()
+    assert run.exitcode == STOPPED, complained
     step = int(re.search(r"stopped after step (\d+) of 100000; the same command goes on", said)[1])
     assert f"{number.name}: ending after this step" in complained
     assert (out / f"checkpoint-{step}").is_dir() and len(metrics(out)) == step
@@ -356,15 +358,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(tiny, rows, tmp_path, strai
     start(stage, tiny, rows, out, max_steps=2)
     (out / "run.json").write_text((out / "run.json").read_text().replace('"finished": true',
                                                                          '"finished": false'))
-    limit = 150_000  # bytes: logs fit, a checkpoint does not
-
-    def small():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    done = subprocess.run(command(stage, tiny, rows, out), env=ENV, text=True, preexec_fn=small,
-                          capture_output=True)
-    assert done.returncode == 1
-    assert "error:" in done.stderr and "the checkpoint could not be written" in done.stderr
-    assert "Traceback" not in done.stderr and "File too large" in done.stderr
+    run = Fork(stage, flags(stage, tiny, rows, out, **LOOP), tmp_path / "log", prepare=limit_files)
+    _, complained = run.communicate()
+    assert run.exitcode == 1
+    assert "error:" in complained and "the checkpoint could not be written" in complained
+    assert "Traceback" not in complained and "File too large" in complained
     assert [p.name for p in out.glob(".*")] == [".lock"] and (out / "checkpoint-2").is_dir()
     start(stage, tiny, rows, out)
     assert outcome(out) == straight(stage)
@@ -374,45 +372,35 @@ def test_a_full_disk_leaves_the_last_checkpoint_good(tiny, rows, tmp_path, strai
 def test_a_place_that_cannot_be_written(tiny, rows, tmp_path, stage):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "out", "/proc/out"):
-        done = subprocess.run(command(stage, tiny, rows, place), env=ENV, text=True,
-                              capture_output=True)
-        assert done.returncode == 1 and str(place) in done.stderr
-        assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-
-
-def without_override():
-    """As a user who is not root: permissions count."""
-    if os.getuid() == 0:
-        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+        run = Fork(stage, flags(stage, tiny, rows, place, **LOOP), tmp_path / "log")
+        _, complained = run.communicate()
+        assert run.exitcode == 1 and str(place) in complained
+        assert complained.startswith("error: ") and "Traceback" not in complained
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "sample"])
 def test_a_read_only_directory(tiny, rows, tmp_path, stage):
     out = tmp_path / "out"
     out.mkdir(mode=0o555)
-    words = [*command(stage, tiny, rows, out)[:9], "--device=cpu"]
-    done = subprocess.run(words, env=ENV, text=True, preexec_fn=without_override, capture_output=True)
-    assert done.returncode == 1 and "Permission denied" in done.stderr and str(out) in done.stderr
-    assert "Traceback" not in done.stderr and not list(out.iterdir())
+    words = flags(stage, tiny, rows, out, device="cpu")
+    run = Fork(stage, words, tmp_path / "log", prepare=without_override)
+    _, complained = run.communicate()
+    assert run.exitcode == 1 and "Permission denied" in complained and str(out) in complained
+    assert "Traceback" not in complained and not list(out.iterdir())
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_when_a_rank_dies_the_others_end_and_say_why(tiny, rows, tmp_path, parallel):
     out = tmp_path / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [subprocess.Popen(
-        command("sft", tiny, rows, out, max_steps=100_000, parallel=parallel, ddp_timeout=20),
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**ENV, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for i in range(2)]
+    words = flags("sft", tiny, rows, out, **LOOP | {"max_steps": 100_000, "parallel": parallel,
+                                                    "ddp_timeout": 20})
+    ranks = start_ranks("sft", words, ["/", "/"], tmp_path / "log")
     log = out / "metrics.jsonl"
     wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 2)
     ranks[1].kill()
     _, complained = ranks[0].communicate(timeout=40)
     ranks[1].communicate()
-    assert ranks[0].returncode == 1
+    assert ranks[0].exitcode == 1
     assert "error: rank 0: another rank has died or does not answer" in complained
     assert "Traceback" not in complained
 
@@ -529,24 +517,16 @@ def test_a_directory_has_one_writer(tmp_path):
 
 def test_ranks_with_different_inputs_are_refused(tiny, rows, tmp_path):
     """Rank 1 sees a file of the same name in which two rows have changed places."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for i in range(2):
-        folder = tmp_path / str(i)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    lines = (rows / "sft.jsonl").read_text().splitlines(keepends=True)
+    for folder, some in zip(folders, (lines, lines[::-1]), strict=True):
         folder.mkdir()
-        lines = (rows / "sft.jsonl").read_text().splitlines(keepends=True)
-        (folder / "sft.jsonl").write_text("".join(lines if i == 0 else lines[::-1]))
-        words = command("sft", tiny, rows, tmp_path / "out")
-        words[words.index("--train_file") + 1] = "sft.jsonl"
-        ranks.append(subprocess.Popen(
-            words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder,
-            env={**ENV, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}))
+        (folder / "sft.jsonl").write_text("".join(some))
+    ranks = start_ranks("sft", flags("sft", tiny, ".", tmp_path / "out", **LOOP), folders,
+                        tmp_path / "log")
     for i, run in enumerate(ranks):
-        _, complained = run.communicate(timeout=60)
-        assert run.returncode == BAD_INPUT
+        _, complained = run.communicate()
+        assert run.exitcode == BAD_INPUT
         assert f"rank {i} has other input files or rows than ranks [{1 - i}]" in complained
     assert not (tmp_path / "out").exists()
 

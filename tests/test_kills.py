@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import fork_run
 from tiny import demo, tiny_checkpoint, write_rows
 
 STAGES = ["sft", "async", "dpo", "sample"]  # async: sft whose checkpoints a thread writes
@@ -38,28 +40,28 @@ def test_a_run_killed_between_two_stages_goes_on(tmp_path):
     write_rows(tmp_path / "demos.jsonl", [demo(i, i % 5 + 1, i % 3 + 1) for i in range(8)])
 
     def start(name):
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(json.dumps({
             "model_name_or_path": str(tmp_path / "M"), "output_dir": str(tmp_path / name),
             "dtype": "float32", "device": "cpu", "data": {"demos": str(tmp_path / "demos.jsonl")},
             "sft": {"max_steps": 2, "max_length": 256}, "pair": {"policy": "paper"},
             "sample": {"num_samples": 2, "temperature": 1.5, "max_new_tokens": 24},
             "dpo": {"max_steps": 2, "max_length": 256}}))
-        return subprocess.Popen(
-            [sys.executable, "-m", "srit.commands.cli", "run", "--config", tmp_path / f"{name}.yaml"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return fork_run(recipe, tmp_path / "said")
 
     straight = start("straight")
-    _, complained = straight.communicate(timeout=120)
-    assert straight.returncode == 0, complained
+    _, complained = straight.communicate()
+    assert straight.exitcode == 0, complained
     for stage in ("sft", "sample", "pair"):
-        run = start("killed")
-        line = next(line for line in run.stdout if f"] {stage}: " in line)
+        run, end = start("killed"), time.monotonic() + 60
+        while not re.search(rf"\] {stage}: .* min", run.said()[0]):
+            assert run.exitcode is None and time.monotonic() < end, run.said()
+            time.sleep(0.01)
         run.kill()
         run.communicate()
-        assert "min" in line
-        time.sleep(2)  # the next stage may have started; it ends with its parent
+        time.sleep(1)  # the next stage may have started; it ends with its parent
     last = start("killed")
-    said, complained = last.communicate(timeout=120)
-    assert last.returncode == 0 and said.count("finished before") >= 3, complained
+    said, complained = last.communicate()
+    assert last.exitcode == 0 and said.count("finished before") >= 3, complained
     for file in ("sft/model.safetensors", "pair/pairs.jsonl", "dpo/model.safetensors"):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()

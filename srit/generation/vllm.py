@@ -29,15 +29,18 @@ class VLLM:
                              "with `srit convert`, or use --engine srit")
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise InputError(f"--engine vllm: vLLM cannot be imported ({error}); install it with `pip "
                              "install 'srit[vllm]'`, or use --engine srit") from error
-        memory = {} if cache_bytes is None else {"kv_cache_memory_bytes": cache_bytes}
+        more = {} if cache_bytes is None else {"kv_cache_memory_bytes": cache_bytes}
+        if current_platform.is_cpu():  # between chunks it rewinds a seed's generator: an error on a CPU
+            more["enable_chunked_prefill"] = False
         self.config = read_config(path)
         # Prompts and answers are token ids: only stop strings need vLLM's own tokenizer.
         self.engine = LLM(str(path), dtype=dtype, max_num_seqs=slots, enable_prefix_caching=True,
                           skip_tokenizer_init=not needs_text, trust_remote_code=False,
-                          **memory).llm_engine
+                          **more).llm_engine
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, *,
                  stop_ids: Collection[int],
@@ -55,7 +58,7 @@ class VLLM:
 
         for number, request in enumerate(requests):
             self.engine.add_request(
-                str(number), {"prompt_token_ids": list(request.prompt_ids)},
+                str(number), {"type": "token", "prompt_token_ids": list(request.prompt_ids)},
                 vllm.SamplingParams(
                     temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
                     min_p=params.min_p, repetition_penalty=params.repetition_penalty,

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from srit.config import TrainConfig
-from srit.models.ops import return_free_memory
 
 BUCKET = 2**26  # bytes of gradients in one collective
 Item = TypeVar("Item")
@@ -79,22 +78,21 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.AdamW, learning_rate
     all_reduce_gradients(trained)
     if all(p.grad is None for p in trained):
         raise RuntimeError("no trained parameter received a gradient")
-    norm = clip_gradients(model, max_grad_norm)
+    norm = gradient_norm(trained)
     finite = torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    # What a GradScaler would set. The fused kernel divides by grad_scale, which saves a pass.
+    optimizer.grad_scale = (norm / max_grad_norm).clamp(min=1) if max_grad_norm > 0 else None
     optimizer.found_inf = (~finite).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if norm.device.type == "cpu":
-        return_free_memory()
     return norm, finite
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """The global gradient norm *before* clipping to `max_norm` (0: no clipping)."""
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, on every rank that of the whole model."""
+    norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

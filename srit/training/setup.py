@@ -11,7 +11,7 @@ import torch
 from srit.config import TrainConfig
 from srit.models import Decoder, load_model
 from srit.models.lora import add_lora
-from srit.models.ops import trim_heap_between_layers
+from srit.models.ops import trim_heap_in_backward
 from srit.runtime import distributed
 from srit.runtime.files import InputError
 from srit.runtime.jsonl import Counts
@@ -55,7 +55,9 @@ def load_student(run: Run) -> tuple[Decoder, Tokenizer, int]:
         check_compiler(device)
         model.compile_layers()
     if device.type == "cpu":
-        trim_heap_between_layers(model.model.embed_tokens, model.model.layers)
+        # Added to the head's gradient, it need not be as large as the vocabulary.
+        model.model.embed_tokens.sparse = config.tie_word_embeddings and not _sharded(cfg)
+        trim_heap_in_backward(model.model.embed_tokens)
     if cfg.max_length > config.max_position_embeddings:
         run.say(f"max_length {cfg.max_length} exceeds the model's context; using "
                 f"{config.max_position_embeddings}")

