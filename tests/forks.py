@@ -5,6 +5,7 @@ import ctypes
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
@@ -71,6 +72,8 @@ class ForkedStage(multiprocessing.get_context("fork").Process):
         self.start()
 
     def run(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a new Python has no handlers
+            signal.signal(number, signal.SIG_DFL)
         os.setsid()
         os.environ.update(self.env)
         launch.run(COMMANDS[self.command][1], self.command, MAINS[self.command], self.words)

@@ -16,9 +16,10 @@ row takes as it grows.
 - Randomness is one uniform per (request, position), drawn from the request's own seed when it is
   admitted. On a CPU, prompts are prefilled one by one and a decode step is padded to a multiple of 8
   rows: the kernels then sum in the same order whatever else is in the batch, and a resumed or reordered
-  run writes the same texts (in bfloat16 with packed weights, which sample and eval use).
+  run writes the same texts (in bfloat16 with packed weights, which sample and eval use). On CPUs with
+  AMX the order of a bfloat16 product depends on its number of rows, so there a step always has 128.
 
-Legend: n active rows, m rows computed (n rounded up), T prompt tokens, D model, V vocabulary.
+Legend: n active rows, m rows computed (see above), T prompt tokens, D model, V vocabulary.
 """
 
 import itertools
@@ -38,6 +39,7 @@ from srit.models.paged_cache import RESERVED_PAGES, CachedPrompt, PagedCache, pa
 from srit.runtime.files import InputError
 
 ROW_MULTIPLE = 8
+AMX_ROWS = 128
 MAX_READERS = 8  # rows that read one copy of a prompt
 PREFILL_TOKENS = {"cuda": 16384, "cpu": 2048}  # in one forward pass
 
@@ -55,7 +57,8 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
     Args:
         stop_ids: tokens that end a completion. decode: token ids -> text, needed for stop strings and
         the calculator. encode: text -> token ids, needed for the calculator.
-        slots: rows that decode together. cache_bytes: bound of the cache, which may mean fewer rows.
+        slots: rows that decode together (on CPUs with AMX in bfloat16 at most 128). cache_bytes: bound
+        of the cache, which may mean fewer rows.
         prefix: tokens that all prompts begin with, `shared_prefix` by default. readers_per_prompt:
         rows that share one copy of a prompt, by default the most requests with the same prompt, and
         MAX_READERS at most. Whoever runs part of a larger set passes the larger set's numbers for these
@@ -79,8 +82,10 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
     if readers_per_prompt is None:
         readers_per_prompt = max(Counter(tuple(r.prompt_ids) for r in requests).values())
     queue = deque(sorted(requests, key=_longest_first))
-    slots = min(slots, len(requests))
     device = model.head_weight.device
+    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    rows = AMX_ROWS if amx and model.compute_dtype == torch.bfloat16 else None
+    slots = min(slots, len(requests), rows or slots)
     # On a GPU a prefill costs its kernel launches, so several prompts are prefilled together.
     refill = max(1, slots // 8) if device.type == "cuda" else 1
     longest = max(len(r.prompt_ids) for r in requests)
@@ -91,8 +96,8 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
         pages = min(pages, _pages_that_fit(model, staging, longest, params.max_new_tokens, cache_bytes))
     training = model.training
     model.eval()
-    batch = _DecodeBatch(model, params, slots, pages, min(readers_per_prompt, MAX_READERS), staging,
-                         queue[0].prompt_ids[:prefix], stop_ids, decode, encode)
+    batch = _DecodeBatch(model, params, slots, rows, pages, min(readers_per_prompt, MAX_READERS),
+                         staging, queue[0].prompt_ids[:prefix], stop_ids, decode, encode)
     while (queue or batch.requests) and not should_stop():
         free = slots - len(batch.requests)
         if queue and (free >= refill or free == slots):
@@ -108,19 +113,19 @@ def generate(model: Decoder, requests: Sequence[Request], params: SamplingParams
 class _DecodeBatch:
     """The requests in flight, one per slot: their pages and all that a decode step needs."""
 
-    def __init__(self, model: Decoder, params: SamplingParams, slots: int, pages: int,
-                 readers_per_prompt: int, staging: KVCache, prefix: Sequence[int],
+    def __init__(self, model: Decoder, params: SamplingParams, slots: int, fixed_rows: int | None,
+                 pages: int, readers_per_prompt: int, staging: KVCache, prefix: Sequence[int],
                  stop_ids: Collection[int], decode: Callable[[Sequence[int]], str] | None,
                  encode: Callable[[str], list[int]] | None) -> None:
         device, V = model.head_weight.device, model.config.vocab_size
-        self.model, self.params, self.slots = model, params, slots
+        self.model, self.params, self.slots, self.fixed_rows = model, params, slots, fixed_rows
         self.staging, self.staging_slots, self.prefix = staging, len(staging.lengths), len(prefix)
         self.requests: list[Request] = []
         self.admitted: list[int] = []  # in which order
         self.clock = itertools.count()
         self.prompts: dict[tuple[int, ...], CachedPrompt] = {}
         self.staged: tuple[int, ...] = ()  # the `Request.shared` tokens in the staging cache
-        rows, length = _round_up(slots), params.max_new_tokens
+        rows, length = fixed_rows or _round_up(slots), params.max_new_tokens
         self.cache = PagedCache(model.config, pages, rows, readers_per_prompt, model.compute_dtype,
                                 device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)  # fed next
@@ -225,7 +230,7 @@ class _DecodeBatch:
     def step(self) -> list[tuple[Request, Result]]:
         """Decode one token in every active row; remove the rows that ended and return their results."""
         n = len(self.requests)
-        m = _round_up(n)
+        m = self.fixed_rows or _round_up(n)
         hidden = self.model.hidden(self.tokens[:m, None], cache=self.cache)[:, 0]  # (m, D)
         if not hidden.isfinite().all():
             raise InputError("the model's activations are not finite: the checkpoint is broken, or "

@@ -82,7 +82,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.AdamW, learning_rate
     finite = torch.isfinite(loss + norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    # What a GradScaler would set. The fused kernel divides by grad_scale, which saves a pass.
+    # Clips: the fused kernel divides every gradient by grad_scale, which saves a pass over them.
     optimizer.grad_scale = (norm / max_grad_norm).clamp(min=1) if max_grad_norm > 0 else None
     optimizer.found_inf = (~finite).float()
     optimizer.step()

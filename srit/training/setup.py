@@ -55,9 +55,7 @@ def load_student(run: Run) -> tuple[Decoder, Tokenizer, int]:
         check_compiler(device)
         model.compile_layers()
     if device.type == "cpu":
-        # Added to the head's gradient, it need not be as large as the vocabulary.
-        model.model.embed_tokens.sparse = config.tie_word_embeddings and not _sharded(cfg)
-        trim_heap_in_backward(model.model.embed_tokens)
+        trim_heap_in_backward(model.model.layers[0])
     if cfg.max_length > config.max_position_embeddings:
         run.say(f"max_length {cfg.max_length} exceeds the model's context; using "
                 f"{config.max_position_embeddings}")

@@ -123,6 +123,23 @@ def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
         assert results == {r.key: expected[r.key] for r in some}
 
 
+@pytest.mark.parametrize("packed", ["none", "int8"])
+def test_a_text_does_not_depend_on_its_neighbours_in_products_of_real_size(packed):
+    """CPUs with AMX sum bfloat16 products of up to 32 rows in another order than those of more."""
+    if packed == "int8" and not exact_products():
+        pytest.skip("no exact int8 products on this CPU")
+    model = tiny_model(torch.bfloat16, 0.05, CONFIG | {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1, "head_dim": 64,
+        "num_attention_heads": 9, "num_key_value_heads": 3})
+    model.pack_weights(packed)
+    some = [Request(i, ids, request_seed(0, i, 0)) for i, ids in enumerate(prompts(44))]
+    settings = {"stop_ids": (), "max_new_tokens": 4, "prefix": 5, "readers_per_prompt": 1,
+                "temperature": 1.0, "return_logps": True}
+    expected = generate(model, some, slots=44, **settings)
+    for slots, few in ((1, some[:1]), (9, some[20:])):
+        assert generate(model, few, slots=slots, **settings) == {r.key: expected[r.key] for r in few}
+
+
 def cache_bytes(pages: int, longest: int, layers: int = 2) -> int:
     """Size of a cache with `pages` pages, two reserved ones and the staging slot of the prefill."""
     token = 2 * layers * 2 * 8 * 4  # keys and values, layers, heads, head_dim, bytes

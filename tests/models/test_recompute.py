@@ -32,7 +32,8 @@ def test_gradients_are_those_of_saved_tensors(tmp_path, monkeypatch, changes, dt
         for context in (nullcontext, recompute_in_backward):
             monkeypatch.setattr(decoder, "recompute_in_backward", context)
             model.zero_grad()
-            model.hidden(IDS, **layout).float().square().mean().backward()
+            hidden = model.hidden(IDS, **layout).float()
+            (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden).sin()).sum().backward()
             grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         assert grads[0] and all(map(torch.equal, *grads))
 
@@ -113,3 +114,23 @@ def test_a_step_leaves_nothing_behind(tmp_path):
             gc.enable()
             for hook in hooks:
                 hook.remove()
+
+
+def test_a_tensor_that_several_nodes_saved_is_recomputed_once():
+    x, calls = torch.randn(3, 4, requires_grad=True), []
+    weights = [torch.randn(4, 4, requires_grad=True) for _ in range(3)]
+
+    def double(x):
+        calls.append(weakref.ref(value := 2 * x))
+        return value
+
+    with recompute_in_backward():
+        y = recomputable(double(x), double, x)
+        loss = sum((y @ w).square().sum() for w in weights)
+        del y
+    assert calls.pop()() is None  # the forward's tensor is gone
+    grads = torch.autograd.grad(loss, weights, retain_graph=True)
+    assert len(calls) == 1 and calls[0]() is None  # one more, which is gone as well
+    assert all(map(torch.equal, grads, torch.autograd.grad(loss, weights)))  # again, for a kept graph
+    y = 2 * x
+    assert all(torch.allclose(g, 2 * y.T @ y @ w) for g, w in zip(grads, weights, strict=True))
