@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from srit.config import TrainConfig
+from srit.models.sharded import full_tensor
 
 BUCKET = 2**26  # bytes of gradients in one collective
 Item = TypeVar("Item")
@@ -92,8 +93,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.AdamW, learning_rate
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     """The norm of all gradients together, on every rank that of the whole model."""
-    norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return full_tensor(nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
 
 
 def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
