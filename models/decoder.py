@@ -21,7 +21,7 @@ from srit.models.attention import AttentionMetadata, attend
 from srit.models.cache import KVCache
 from srit.models.config import ModelConfig, Rope
 from srit.models.int8 import Int8Block, check_int8, smooth
-from srit.models.onednn import PackedBlock, PackedLinear
+from srit.models.onednn import PackedBlock, PackedLinear, can_pack
 from srit.models.ops import glu, recompute_in_backward, rms_norm, rotate
 from srit.models.paged_cache import PagedCache
 
@@ -175,7 +175,8 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def pack_weights(self, quantization: Literal["none", "int8"] = "none") -> None:
-        """Lay out the weights for fast inference on a CPU; elsewhere this does nothing.
+        """Lay out the weights for fast inference on a CPU; elsewhere this does nothing, nor in bfloat16
+        on a CPU for which oneDNN has no such products.
 
         See models/onednn.py. The model can be neither trained nor saved afterwards: the layers drop
         their own weights, so that memory holds one copy. Only the head is kept twice, since it is also
@@ -184,8 +185,8 @@ class Decoder(nn.Module):
         """
         device, int8 = self.head_weight.device, quantization == "int8"
         if int8:
-            check_int8(device)
-        if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            check_int8(device, self.compute_dtype)
+        if device.type != "cpu" or not can_pack(self.compute_dtype):
             return
         self.requires_grad_(False)
         if int8:

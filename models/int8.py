@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from srit.models.onednn import PackedBlock
+from srit.models.onednn import PackedBlock, can_pack
 from srit.models.ops import glu
 from srit.runtime.files import InputError
 
@@ -122,10 +122,14 @@ def exact_products() -> bool:
     return bool((Int8Linear(most)(most) == 64 * 127**2).all())
 
 
-def check_int8(device: torch.device) -> None:
-    """Raise InputError for a GPU, and for a CPU whose int8 products are not exact."""
+def check_int8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise InputError for a GPU, a CPU whose int8 products are not exact, and one without those of
+    the head, in `dtype`."""
     if device.type != "cpu":
         raise InputError(f"--quantization int8 on {device.type}: it is for CPUs; leave it out")
     if not exact_products():
         raise InputError("--quantization int8: this CPU has no exact int8 products (AVX-512, "
                          "AVX-VNNI or AMX); leave it out")
+    if not can_pack(dtype):
+        raise InputError("--quantization int8 --dtype bfloat16: this CPU does not multiply bfloat16, "
+                         "as the head does; use --dtype float32")

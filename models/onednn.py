@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from srit.models.ops import glu, rotate
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and multiplies this dtype: no bfloat16 on CPUs with AVX2 alone."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class PackedLinear:
     """A linear layer for inference, of weight (out, in) and bias (out,) or None, in their dtype."""
 

@@ -22,6 +22,7 @@ import torch
 
 import srit
 from srit.runtime import distributed
+from srit.runtime.dtype import auto_dtype, multiplies_bfloat16
 from srit.runtime.files import InputError, atomic_write, remove, sha256
 from srit.runtime.jsonl import Counts
 from srit.runtime.lock import LOCK, lock
@@ -42,6 +43,7 @@ BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 ARTEFACTS = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json", "samples.jsonl",
              "generations.jsonl", "pairs.jsonl", "results.json", "demos.jsonl",
              "answers.jsonl")
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 OTHER = "choose another --output_dir or use --overwrite_output_dir True"
 
 
@@ -68,7 +70,9 @@ class Run:
             self.date = cfg.date
         self.counts: list[Counts] = []
         self.cleanup: Callable[[], None] = lambda: None  # what is to be done once the run is finished
-        self.check()
+        run = self.check()
+        if hasattr(cfg, "dtype"):
+            self._set_dtype(run)
         self.list_inputs = inputs
         self.stamps = {file: stamp(file) for file in inputs(cfg)}
         self.inputs = hash_files(self.stamps)
@@ -87,6 +91,18 @@ class Run:
             return None
         self.date = run["date"]
         return run
+
+    def _set_dtype(self, run: dict | None) -> None:
+        """Replace `auto` by the dtype of the run that goes on, or else by the device's."""
+        cfg, emulated = self.cfg, not multiplies_bfloat16(self.device)
+        if cfg.dtype == "auto":
+            cfg.dtype = auto_dtype(self.device) if run is None else run["config"]["dtype"]
+            if emulated:
+                self.say(f"dtype auto: {cfg.dtype}; this {DEVICES[self.device.type]} has no products "
+                         "of bfloat16")
+        elif emulated and cfg.dtype == "bfloat16":
+            self.say(f"dtype bfloat16: this {DEVICES[self.device.type]} has no such products and "
+                     "emulates them; float32 is usually faster")
 
     def same_inputs(self) -> dict | None:
         """As `check`; InputError also if the inputs are not those that the run began with."""
@@ -235,7 +251,9 @@ def read_same(output_dir: Path, stage: str, cfg: Any, changeable: set[str], advi
 
 
 def settings_difference(run: dict, cfg: Any, changeable: set[str]) -> str | None:
-    """As `config_difference`, of a recorded run and cfg; no date in cfg means the run's."""
+    """As `config_difference`, of a recorded run and cfg; no date and dtype auto mean the run's."""
+    if getattr(cfg, "dtype", None) == "auto":
+        changeable = {*changeable, "dtype"}
     if getattr(cfg, "date", None) is None:
         return config_difference(run["config"], cfg, {*changeable, "date"})
     return config_difference(run["config"] | {"date": run["date"]}, cfg, changeable)

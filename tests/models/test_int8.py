@@ -147,9 +147,13 @@ def test_an_outlier_channel_behind_a_norm_costs_nothing(tmp_path):
 def test_where_it_cannot_be_it_says_so(tmp_path, monkeypatch):
     model = load_model(str(tiny_checkpoint(tmp_path / "m")))[0]
     with pytest.raises(InputError, match="--quantization int8 on cuda: it is for CPUs; leave it out"):
-        check_int8(torch.device("cuda"))
+        check_int8(torch.device("cuda"), torch.float32)
     product = Int8Linear.product
     monkeypatch.setattr(Int8Linear, "product", lambda self, x: product(self, x).clamp(max=2.0**15))
     with pytest.raises(InputError, match="no exact int8 products .* leave it out"):
         model.pack_weights("int8")
+    monkeypatch.setattr(int8, "exact_products", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(InputError, match="does not multiply bfloat16, as the head does; use --dtype"):
+        load_model(str(tmp_path / "m"), dtype=torch.bfloat16)[0].pack_weights("int8")
     assert model.packed_head is None and model.model.layers[0].mlp.up_proj.weight is not None
