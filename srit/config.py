@@ -124,9 +124,8 @@ class TrainConfig(RowConfig):
     """Rows for the evaluation loss, likewise."""
     seed: int = 0
     """Seed of data order and of new weights."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype, and of a base that an adapter keeps frozen. All that is trained is float32.
-    auto: bfloat16 where the device multiplies it, else float32."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype, and of a base that an adapter keeps frozen. All that is trained is float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
     num_train_epochs: float = 1.0
@@ -299,9 +298,8 @@ class GenerateConfig(TemplateConfig, QuestionConfig):
     """Where the completions and run.json go."""
     seed: int = 0
     """Seed of the completions; each has its own random stream, from (seed, id, style, sample)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of weights and cache; logits are always float32.
-    auto: bfloat16 where the device multiplies it, else float32."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights and cache; logits are always float32."""
     quantization: Literal["none", "int8"] = "none"
     """int8: the blocks' products in int8, on a CPU, of weights and activations (docs/sampling.md)."""
     device: str = "auto"

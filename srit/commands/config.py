@@ -25,6 +25,8 @@ class RunConfig:
     """Overrides the recipe's."""
     seed: int | None = None
     """Overrides the recipe's."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Overrides the recipe's."""
     device: str | None = None
     """Overrides the recipe's."""
     max_time: float = 0.0

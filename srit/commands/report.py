@@ -21,7 +21,7 @@ from srit.commands.config import ReportConfig
 from srit.commands.progress import Progress, read_progress
 from srit.grading.pairs import summarize_pairs
 from srit.grading.statistics import accuracy_rows, compare, summarize_generations
-from srit.recipe import KINDS
+from srit.recipe import KINDS, SHARED
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.jsonl import has_rows, read_jsonl, read_lines, require
 
@@ -124,8 +124,8 @@ def describe(root: Path) -> dict[str, Any]:
         "machine": first["machine"], "versions": first["versions"], "commit": first["commit"],
         "stages": [{"name": name, "minutes": _minutes(run) if name in runs else "left out"}
                    for name, run in progress.runs.items()],
-        "settings": [(kind, ", ".join(f"{k} {v}" for k, v in recipe[kind].items()))
-                     for kind in KINDS if recipe[kind]],
+        "settings": [(kind, ", ".join(f"{k} {v}" for k, v in values.items()))
+                     for kind, values in _settings(recipe) if values],
         "ways": [describe_way(progress, way) for way in read_ways(progress)],
         "curves": curves,
         "charts": [Markup(chart) for _, title, series in curves
@@ -288,6 +288,13 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
             group.append({**{key: before[key] for key in keys}, "choices": before.get("choices"),
                           "answers": [answers[name] for name in generations]})
     return [{"title": title, "rows": rows} for title, rows in found.items() if rows]
+
+
+def _settings(recipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What the recipe sets for all stages, without what may differ between seeds; then for each."""
+    free = "model_name_or_path", "output_dir", "seed", "device", "date"
+    shared = {key: recipe[key] for key in SHARED if key in recipe and key not in free}
+    return [("all stages", shared), *((kind, recipe[kind]) for kind in KINDS)]
 
 
 def combine(roots: Sequence[Path], described: Sequence[dict]) -> list[dict]:

@@ -25,8 +25,7 @@ from srit.grading.statistics import accuracy_rows
 from srit.launch import to_flags
 from srit.models.load import model_files
 from srit.recipe import Stage, read_recipe, read_yaml, stages
-from srit.runtime import distributed, shutdown
-from srit.runtime.dtype import auto_dtype
+from srit.runtime import shutdown
 from srit.runtime.files import InputError, atomic_write
 from srit.runtime.jsonl import Counts
 from srit.runtime.lock import lock
@@ -142,21 +141,16 @@ def _wait(child: subprocess.Popen) -> int | None:
 
 def main(cfg: RunConfig) -> None:
     recipe = read_recipe(cfg.config)
-    given = {"output_dir": cfg.output_dir, "seed": cfg.seed, "device": cfg.device}
+    given = {"output_dir": cfg.output_dir, "seed": cfg.seed, "dtype": cfg.dtype, "device": cfg.device}
     recipe |= {key: value for key, value in given.items() if value is not None}
     root = Path(recipe["output_dir"])
     file = root / "recipe.yaml"
     earlier = file.read_bytes() if file.is_file() else None
-    before = read_yaml(file) if earlier else {}
-    records = [run for stage in stages(recipe)
-               if (run := read_resumable(stage.output_dir)) is not None]
-    # One of each for all stages: the recipe's, or that with which they began.
-    begun = [before.get("date"), *sorted(run["date"] for run in records)]
+    begun = [read_yaml(file).get("date")] if earlier else []
+    begun += sorted(run["date"] for stage in stages(recipe)
+                    if (run := read_resumable(stage.output_dir)) is not None)
+    # One for all stages: the recipe's, or the one on which they began.
     recipe["date"] = str(next(filter(None, [recipe.get("date"), *begun]), date.today()))
-    if recipe.get("dtype", "auto") == "auto":  # a table would mix them
-        begun = [before.get("dtype"), *(run["config"].get("dtype") for run in records)]
-        device = distributed.find_device(recipe.get("device", "auto"))
-        recipe["dtype"] = next(filter(None, begun), auto_dtype(device))
     plan = [(stage, stage_config(stage, cfg.config)) for stage in stages(recipe)]
     for stage, settings in plan:
         check_settings(stage, settings)

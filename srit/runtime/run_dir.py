@@ -22,7 +22,6 @@ import torch
 
 import srit
 from srit.runtime import distributed
-from srit.runtime.dtype import auto_dtype, multiplies_bfloat16
 from srit.runtime.files import InputError, atomic_write, remove, sha256
 from srit.runtime.jsonl import Counts
 from srit.runtime.lock import LOCK, lock
@@ -43,7 +42,6 @@ BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 ARTEFACTS = ("metrics.jsonl", "model.safetensors", "model.safetensors.index.json", "samples.jsonl",
              "generations.jsonl", "pairs.jsonl", "results.json", "demos.jsonl",
              "answers.jsonl")
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 OTHER = "choose another --output_dir or use --overwrite_output_dir True"
 
 
@@ -64,15 +62,16 @@ class Run:
         if hasattr(cfg, "device"):
             given = {"timeout": cfg.ddp_timeout} if hasattr(cfg, "ddp_timeout") else {}
             self.device = distributed.setup(cfg.device, **given)
+            if cfg.dtype == "bfloat16" and not distributed.multiplies_bfloat16(self.device):
+                self.say(f"dtype bfloat16: {machine()} has no instructions for it and emulates it; "
+                         "--dtype float32 is usually several times as fast")
         today = distributed.from_rank_0(date.today().toordinal())
         self.date = date.fromordinal(today).isoformat()
         if hasattr(cfg, "date") and cfg.date:
             self.date = cfg.date
         self.counts: list[Counts] = []
         self.cleanup: Callable[[], None] = lambda: None  # what is to be done once the run is finished
-        run = self.check()
-        if hasattr(cfg, "dtype"):
-            self._set_dtype(run)
+        self.check()
         self.list_inputs = inputs
         self.stamps = {file: stamp(file) for file in inputs(cfg)}
         self.inputs = hash_files(self.stamps)
@@ -91,18 +90,6 @@ class Run:
             return None
         self.date = run["date"]
         return run
-
-    def _set_dtype(self, run: dict | None) -> None:
-        """Replace `auto` by the dtype of the run that goes on, or else by the device's."""
-        cfg, emulated = self.cfg, not multiplies_bfloat16(self.device)
-        if cfg.dtype == "auto":
-            cfg.dtype = auto_dtype(self.device) if run is None else run["config"]["dtype"]
-            if emulated:
-                self.say(f"dtype auto: {cfg.dtype}; this {DEVICES[self.device.type]} has no products "
-                         "of bfloat16")
-        elif emulated and cfg.dtype == "bfloat16":
-            self.say(f"dtype bfloat16: this {DEVICES[self.device.type]} has no such products and "
-                     "emulates them; float32 is usually faster")
 
     def same_inputs(self) -> dict | None:
         """As `check`; InputError also if the inputs are not those that the run began with."""
@@ -251,9 +238,7 @@ def read_same(output_dir: Path, stage: str, cfg: Any, changeable: set[str], advi
 
 
 def settings_difference(run: dict, cfg: Any, changeable: set[str]) -> str | None:
-    """As `config_difference`, of a recorded run and cfg; no date and dtype auto mean the run's."""
-    if getattr(cfg, "dtype", None) == "auto":
-        changeable = {*changeable, "dtype"}
+    """As `config_difference`, of a recorded run and cfg; no date in cfg means the run's."""
     if getattr(cfg, "date", None) is None:
         return config_difference(run["config"], cfg, {*changeable, "date"})
     return config_difference(run["config"] | {"date": run["date"]}, cfg, changeable)
@@ -321,12 +306,11 @@ def changed_input(run: dict, inputs: dict[str, str]) -> str | None:
 
 def describe() -> dict:
     """Versions and machine, as stored with every result."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "versions": {"srit": srit.__version__, "python": platform.python_version(),
                      "torch": torch.__version__},
         "commit": _commit(),
-        "machine": device,
+        "machine": machine(),
     }
 
 
@@ -342,7 +326,10 @@ def _commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def _cpu_name() -> str:
+def machine() -> str:
+    """Name of the GPU; without one, of the CPU, and how many threads torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

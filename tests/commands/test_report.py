@@ -100,6 +100,10 @@ def test_only_runs_that_differ_by_their_seed_are_combined(tmp_path, monkeypatch)
     other = fake_run(tmp_path / "other")
     with pytest.raises(InputError, match=f"{other} has other settings than {roots[0]}"):
         write_report([*roots, other])
+    monkeypatch.setattr("fake_run.RECIPE", RECIPE + "dtype: float32\n")
+    other = fake_run(tmp_path / "float32")
+    with pytest.raises(InputError, match=f"{other} has other settings than {roots[0]}"):
+        write_report([*roots, other])
 
 
 def test_several_runs_add_a_combined_table(tmp_path):

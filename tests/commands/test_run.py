@@ -99,20 +99,15 @@ def test_a_run_gives_a_report_and_a_second_run_skips_finished_stages(recipe):
     assert "dpo already holds another run: learning_rate was 0.001" in again(BAD_INPUT)
 
 
-def test_dtype_auto_is_one_for_all_stages_and_stays(recipe, monkeypatch):
-    """Else a run that goes on elsewhere would compare float32 with bfloat16 in one table."""
-    recipe.write_text(recipe.read_text().replace("dtype: float32", "dtype: auto"))
-
+def test_flags_override_the_recipe(recipe, monkeypatch):
     def stop(stage):
-        assert stage.values["dtype"] == "float32"
+        assert stage.output_dir.parent == recipe.parent / "other"
+        assert (stage.values["seed"], stage.values["dtype"]) == (5, "bfloat16")
         raise Stopped
 
     monkeypatch.setattr(run, "run_stage", stop)
-    for device_gives in ("float32", "bfloat16"):
-        monkeypatch.setattr(run, "auto_dtype", lambda device, dtype=device_gives: dtype)
-        with pytest.raises(Stopped):
-            main(RunConfig(str(recipe)))
-        assert read_recipe(recipe.parent / "out" / "recipe.yaml")["dtype"] == "float32"
+    with pytest.raises(Stopped):
+        main(RunConfig(str(recipe), str(recipe.parent / "other"), seed=5, dtype="bfloat16"))
 
 
 def test_a_failing_stage_ends_the_run_with_its_exit_status(recipe):

@@ -11,8 +11,7 @@ from tiny import demo, question, tiny_checkpoint, write_rows
 from srit.config import EvalConfig, PairConfig, SampleConfig
 from srit.data import inputs
 from srit.data.inputs import stage_inputs
-from srit.runtime import dtype as dtypes
-from srit.runtime import run_dir
+from srit.runtime import distributed, run_dir
 from srit.runtime.files import InputError
 from srit.runtime.outcome import Finished
 from srit.runtime.run_dir import Run
@@ -152,25 +151,11 @@ def test_what_another_judge_has_graded_is_refused(stages, stage, monkeypatch):
         start(stage)
 
 
-def test_dtype_auto_is_what_the_device_multiplies_and_stays(stages, monkeypatch, capsys):
-    def begin(products, folder, dtype="auto", **more):
-        monkeypatch.setattr(run_dir, "multiplies_bfloat16", lambda device: products)
-        monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda device: products)
-        run = Run("eval", EvalConfig("M", folder, eval_file=["q.jsonl"], device="cpu", dtype=dtype,
-                                     **more), stage_inputs)
-        run.claim()
-        run.lock.close()
-        recorded = json.loads(Path(folder, "run.json").read_text())["config"]["dtype"]
-        assert recorded == run.cfg.dtype
-        return recorded, capsys.readouterr().out
-
-    none = "this CPU has no products of bfloat16"
-    assert begin(True, "fast") == ("bfloat16", "")
-    assert begin(False, "slow") == ("float32", f"dtype auto: float32; {none}\n")
-    assert begin(True, "slow") == ("float32", "")  # goes on as it began
-    assert begin(False, "fast") == ("bfloat16", f"dtype auto: bfloat16; {none}\n")
-    assert begin(True, "slow", overwrite_output_dir=True) == ("bfloat16", "")
-    dtype, said = begin(False, "named", "bfloat16")
-    assert dtype == "bfloat16" and said.endswith("emulates them; float32 is usually faster\n")
-    with pytest.raises(InputError, match="dtype was 'bfloat16', now 'float32'"):
-        begin(False, "named", "float32")
+def test_bfloat16_that_is_emulated_is_mentioned(stages, monkeypatch, capsys):
+    for products, dtype, said in ((True, "bfloat16", ""), (False, "float32", ""),
+                                  (False, "bfloat16", "float32 is usually several times as fast")):
+        monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device, has=products: has)
+        Run("eval", EvalConfig("M", "out", eval_file=["q.jsonl"], device="cpu", dtype=dtype),
+            stage_inputs)
+        printed = capsys.readouterr().out
+        assert printed.endswith(f"{said}\n") if said else not printed
