@@ -26,7 +26,7 @@ class RunConfig:
     seed: int | None = None
     """Overrides the recipe's."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Overrides the recipe's."""
+    """Overrides that at the recipe's top."""
     device: str | None = None
     """Overrides the recipe's."""
     max_time: float = 0.0

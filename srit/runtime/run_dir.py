@@ -62,16 +62,17 @@ class Run:
         if hasattr(cfg, "device"):
             given = {"timeout": cfg.ddp_timeout} if hasattr(cfg, "ddp_timeout") else {}
             self.device = distributed.setup(cfg.device, **given)
-            if cfg.dtype == "bfloat16" and not distributed.multiplies_bfloat16(self.device):
-                self.say(f"dtype bfloat16: {machine()} has no instructions for it and emulates it; "
-                         "--dtype float32 is usually several times as fast")
         today = distributed.from_rank_0(date.today().toordinal())
         self.date = date.fromordinal(today).isoformat()
         if hasattr(cfg, "date") and cfg.date:
             self.date = cfg.date
         self.counts: list[Counts] = []
         self.cleanup: Callable[[], None] = lambda: None  # what is to be done once the run is finished
-        self.check()
+        new = self.check() is None
+        if new and getattr(cfg, "dtype", "") == "bfloat16":
+            if not distributed.multiplies_bfloat16(self.device):
+                name = {"cuda": "GPU", "cpu": "CPU"}[self.device.type]
+                self.say(f"dtype bfloat16: this {name} emulates it; --dtype float32 is usually faster")
         self.list_inputs = inputs
         self.stamps = {file: stamp(file) for file in inputs(cfg)}
         self.inputs = hash_files(self.stamps)
@@ -306,11 +307,12 @@ def changed_input(run: dict, inputs: dict[str, str]) -> str | None:
 
 def describe() -> dict:
     """Versions and machine, as stored with every result."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "versions": {"srit": srit.__version__, "python": platform.python_version(),
                      "torch": torch.__version__},
         "commit": _commit(),
-        "machine": machine(),
+        "machine": device,
     }
 
 
@@ -326,10 +328,7 @@ def _commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def machine() -> str:
-    """Name of the GPU; without one, of the CPU, and how many threads torch uses."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -153,7 +153,7 @@ def test_what_another_judge_has_graded_is_refused(stages, stage, monkeypatch):
 
 def test_bfloat16_that_is_emulated_is_mentioned(stages, monkeypatch, capsys):
     for products, dtype, said in ((True, "bfloat16", ""), (False, "float32", ""),
-                                  (False, "bfloat16", "float32 is usually several times as fast")):
+                                  (False, "bfloat16", "--dtype float32 is usually faster")):
         monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device, has=products: has)
         Run("eval", EvalConfig("M", "out", eval_file=["q.jsonl"], device="cpu", dtype=dtype),
             stage_inputs)
