@@ -331,8 +331,11 @@ def test_a_file_that_another_wrote_or_changed_is_not_overwritten(tmp_path, finis
 
 
 def test_a_run_killed_between_its_two_last_files_finishes(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("srit.commands.demos.Run.finish", lambda *_, **__: signal.raise_signal(2))
+        patch.setattr("srit.commands.demos.Run.finish", interrupt)
         main(config(tmp_path), FakeClient())
     assert output(tmp_path).exists() and not read_run(tmp_path / "out")["finished"]
     main(config(tmp_path), FakeClient())
