@@ -293,7 +293,7 @@ def examples(generations: dict[str, list[dict]]) -> list[dict]:
 def _settings(recipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What the recipe sets for all stages, without what may differ between seeds; then for each."""
     free = "model_name_or_path", "output_dir", "seed", "device", "date"
-    shared = {"model": Path(recipe["model_name_or_path"]).name, "dtype": "bfloat16"}
+    shared = {"model": Path(recipe["model_name_or_path"]).name, "dtype": KINDS["eval"].dtype}
     shared |= {key: recipe[key] for key in SHARED if key in recipe and key not in free}
     return [("all stages", shared), *((kind, recipe[kind]) for kind in KINDS)]
 
