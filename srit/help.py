@@ -52,7 +52,7 @@ def print_help(cls: type, prog: str) -> None:
         help_of_config = Annotated[str, tyro.conf.arg(help=CONFIG)]
         parts.append(("config", help_of_config, dataclasses.field(default="")))
     for title, names in groups.items():
-        part = [(name, Annotated[fields[name].type, tyro.conf.arg(help=texts[name])],
+        part = [(name, _described(fields[name], texts[name]),
                  dataclasses.field(default=fields[name].default,
                                    default_factory=fields[name].default_factory))
                 for name in names if name in left]
@@ -64,6 +64,13 @@ def print_help(cls: type, prog: str) -> None:
     tyro.cli(dataclasses.make_dataclass("Help", parts, kw_only=True), args=["--help"], prog=prog,
              description=inspect.cleandoc(cls.__doc__), use_underscores=True,
              config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+
+
+def _described(field: dataclasses.Field, text: str) -> type:
+    """The field's type, for tyro, with its text."""
+    empty = field.default_factory in (list, dict)  # tyro would write "(default: )"
+    hint = "(default: none)" if empty else None
+    return Annotated[field.type, tyro.conf.arg(help=text, help_behavior_hint=hint)]
 
 
 def _texts(cls: type) -> dict[str, str]:

@@ -5,6 +5,7 @@ from the dataclasses.
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -111,12 +112,19 @@ def parse(cls: type[Config], stage: str, argv: list[str] | None = None) -> Confi
 def run(cls: type[Config], stage: str, main: Callable[[Config], None],
         argv: list[str] | None = None) -> None:
     """Parse the command line and run one stage; exit with a status of runtime/outcome.py."""
+    cfg = None
     try:
         cfg = parse(cls, stage, argv)
         # A stage without max_time never checks for a shutdown, so Ctrl-C must interrupt it directly.
         with shutdown.listening(cfg.max_time) if hasattr(cfg, "max_time") else nullcontext():
             shutdown.end_with_parent()
             main(cfg)
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed once more at exit
+        if cfg is None or stage == "show":  # `| head` has read of a text what it wanted
+            sys.exit(FAILED)
+        _exit(FAILED, f"error: {error}")
     except (Finished, Stopped) as reason:
         from srit.runtime import distributed  # here, because it imports torch
 

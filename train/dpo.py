@@ -33,7 +33,7 @@ from srit.training.metrics import MetricsLog
 from srit.training.optimizer import learning_rate, make_adamw, optimizer_step, sync_on_last
 from srit.training.reference import ReferenceLogps
 from srit.training.saving import Checkpoints
-from srit.training.setup import add_adapter_and_shard, load_student, read_rows
+from srit.training.setup import add_adapter_and_shard, load_student, read_datasets
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
            "logps/chosen", "logps/rejected")
@@ -72,7 +72,7 @@ def evaluate(model: Decoder, held_out: list[Pair], cfg: DPOConfig,
 def main(cfg: DPOConfig) -> None:
     run = Run("dpo", cfg, stage_inputs)
     model, tokenizer, max_length = load_student(run)
-    train, held_out = read_rows(run, read_pairs, tokenizer, max_length, cfg.parse_special_tokens)
+    train, held_out = read_datasets(run, read_pairs, tokenizer, max_length, cfg.parse_special_tokens)
     run.claim()  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_pairs, cfg)
     reference = ReferenceLogps(model, cfg, run.device)

@@ -31,7 +31,7 @@ from srit.training.fsdp import evaluating
 from srit.training.metrics import MetricsLog
 from srit.training.optimizer import learning_rate, make_adamw, optimizer_step, sync_on_last
 from srit.training.saving import Checkpoints
-from srit.training.setup import add_adapter_and_shard, load_student, read_rows
+from srit.training.setup import add_adapter_and_shard, load_student, read_datasets
 
 METRICS = ("loss", "entropy", "mean_token_accuracy")
 
@@ -59,7 +59,7 @@ def evaluate(model: Decoder, held_out: list[Example], cfg: SFTConfig,
 def main(cfg: SFTConfig) -> None:
     run = Run("sft", cfg, stage_inputs)
     model, tokenizer, max_length = load_student(run)
-    train, held_out = read_rows(run, read_sft, tokenizer, max_length, cfg)
+    train, held_out = read_datasets(run, read_sft, tokenizer, max_length, cfg)
     run.claim()  # from here on output_dir is ours
     sampler = BatchSampler(train, collate_examples, cfg, bin_tokens=max_length if cfg.packing else 0)
     add_adapter_and_shard(model, cfg, run.device)

@@ -22,8 +22,8 @@ from srit.training import fsdp
 Row = TypeVar("Row")
 
 
-def read_rows(run: Run, reader: Callable[..., tuple[list[Row], Counts]],
-              *arguments: Any) -> tuple[list[Row], list[Row]]:
+def read_datasets(run: Run, reader: Callable[..., tuple[list[Row], Counts]],
+                  *arguments: Any) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows (none without eval_file), by reader(files, *arguments)."""
     train, counts = reader(run.cfg.train_file, *arguments)
     run.counts.append(counts)

@@ -1,6 +1,7 @@
 """`srit COMMAND`: every command starts and shows its help, at once."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import srit
 from srit import config
 from srit.commands.cli import COMMANDS, main
 from srit.help import GROUPS, MOST_USED, print_help
+from srit.runtime.outcome import FAILED
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -44,10 +46,22 @@ def test_help_has_the_text_of_every_flag(capsys):
     out = capsys.readouterr().out
     for group in ("model", "data", "prompts", "optimization", "LoRA", "checkpoints", "logging"):
         assert f"{group} options" in out
+    assert "default: )" not in out and "Rows for the evaluation loss, likewise. (default: none)" in (
+        " ".join(out.replace("│", "").split()))
     assert "other options" not in out and "How strongly the policy is held" in out
     for cls in (config.SFTConfig, config.DPOConfig, config.SampleConfig, config.EvalConfig):
         named = {name for names in (MOST_USED, *GROUPS.values()) for name in names}
         assert {field.name for field in dataclasses.fields(cls)} <= named
+
+
+def test_a_reader_of_help_may_have_left():
+    """As `srit dpo --help | head -1` has."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "srit.commands.cli", "dpo", "--help"], stdout=writer,
+                          stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (FAILED, b"")
 
 
 def test_help_and_errors_in_flags_do_not_wait_for_torch():
