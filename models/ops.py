@@ -12,6 +12,7 @@ DPO loss is exactly ln 2. F.rms_norm would not: it has two code paths.
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _recomputing = False
+_trimmed = 0.0  # when the heap was, by time.monotonic
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -182,9 +184,12 @@ def _unpack(saved: Tensor | tuple[_Recomputation, torch.Size]) -> Tensor:
 def trim_heap(*_: object) -> None:
     """Return freed heap to the OS: glibc keeps fragments that later tensors do not fit (docs/step.md).
 
-    Does nothing where the C library has no malloc_trim.
+    At most once a second: the short steps of a small model would spend a fifth of their time on pages
+    that they need again. Does nothing where the C library has no malloc_trim.
     """
-    if sys.platform == "linux":
+    global _trimmed
+    if sys.platform == "linux" and time.monotonic() > _trimmed + 1:
+        _trimmed = time.monotonic()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
