@@ -184,7 +184,7 @@ def _unpack(saved: Tensor | tuple[_Recomputation, torch.Size]) -> Tensor:
 def trim_heap(*_: object) -> None:
     """Return freed heap to the OS: glibc keeps fragments that later tensors do not fit (docs/step.md).
 
-    At most once a second: the short steps of a small model would spend a fifth of their time on pages
+    At most once a second: the short steps of a small model would spend a sixth of their time on pages
     that they need again. Does nothing where the C library has no malloc_trim.
     """
     global _trimmed
@@ -196,7 +196,7 @@ def trim_heap(*_: object) -> None:
 
 
 def trim_heap_in_backward(first_block: nn.Module) -> None:
-    """Trim the heap once a backward, before that of the first block.
+    """Trim the heap in every backward of a second or more, before that of the first block.
 
     All other activations are freed by then, but in fragments, and the embedding's gradient is still to
     come. Trimming after every block saves little more memory, and costs 15 to 20 % of a step: the OS

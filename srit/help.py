@@ -68,8 +68,9 @@ def print_help(cls: type, prog: str) -> None:
 
 def _described(field: dataclasses.Field, text: str) -> type:
     """The field's type, for tyro, with its text."""
-    empty = field.default_factory in (list, dict)  # tyro would write "(default: )"
-    hint = "(default: none)" if empty else None
+    hint = None
+    if field.default_factory in (list, dict):  # tyro would write "(default: )"
+        hint = "" if "by default" in text.lower() else "(default: none)"
     return Annotated[field.type, tyro.conf.arg(help=text, help_behavior_hint=hint)]
 
 

@@ -119,12 +119,13 @@ def run(cls: type[Config], stage: str, main: Callable[[Config], None],
         with shutdown.listening(cfg.max_time) if hasattr(cfg, "max_time") else nullcontext():
             shutdown.end_with_parent()
             main(cfg)
-            sys.stdout.flush()
+            print(end="", flush=True)
     except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed once more at exit
-        if cfg is None or stage == "show":  # `| head` has read of a text what it wanted
-            sys.exit(FAILED)
-        _exit(FAILED, f"error: {error}")
+        if cfg is not None and stage != "show":
+            _exit(FAILED, f"error: {error}")
+        # `| head` has read what it wanted. Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except (Finished, Stopped) as reason:
         from srit.runtime import distributed  # here, because it imports torch
 

@@ -40,7 +40,8 @@ def test_help_lists_every_flag_once_the_most_used_ones_first(command, monkeypatc
         assert flags[0] == "config" and len(flags) <= 11 and len(groups) >= 3
 
 
-def test_help_has_the_text_of_every_flag(capsys):
+def test_help_has_the_text_of_every_flag(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         print_help(config.DPOConfig, "srit dpo")
     out = capsys.readouterr().out
