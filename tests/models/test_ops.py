@@ -1,10 +1,14 @@
-"""RMSNorm, GLU and rotary embedding against autograd through their definitions."""
+"""RMSNorm, GLU and rotary embedding against autograd through their definitions; the heap's trimming."""
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from srit.models.ops import glu, rms_norm, rotate
+from srit.models import ops
+from srit.models.ops import glu, rms_norm, rotate, trim_heap_in_backward
 
 
 def definition_norm(x, weight, eps):
@@ -65,3 +69,19 @@ def test_rotate_is_a_complex_product():
         return torch.cat((turned.real, turned.imag), -1)
 
     compare(lambda x: rotate(x, cos, sin), definition, [x.requires_grad_()])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc_trim")
+def test_every_backward_of_a_second_trims_the_heap(monkeypatch):
+    trims, clock = [], SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(ops, "time", clock)
+    monkeypatch.setattr(ops, "_trimmed", 0.0)
+    monkeypatch.setattr(ops.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=trims.append))
+    block = torch.nn.Linear(2, 2)
+    trim_heap_in_backward(block)
+    with torch.no_grad():
+        block(torch.ones(1, 2))
+    for seconds in (0.0, 0.5, 0.5, 0.5, 2.0, 2.0):
+        clock.now += seconds
+        block(torch.ones(1, 2)).sum().backward()
+    assert len(trims) == 4  # at 0, 1.5, 3.5 and 5.5
