@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _recomputing = False
-_trimmed = 0.0  # when the heap was, by time.monotonic
+_trimmed = 0.0  # when the heap was last, by time.monotonic
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
