@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from srit.models import Decoder, ModelConfig, save_model
+from srit.models.int8 import check_int8
+from srit.runtime.files import InputError
 from srit.text.prompts import Rendered
 
 CONFIG = {
@@ -134,3 +136,11 @@ def sides(size):
     ends = [torch.randint(3, 300, (n - common,)).tolist() for n in (chosen, rejected)]
     ends[1][0] = 300 + (ends[0][0] + 1) % 10
     return [Rendered(start + end, [False] * prompt + [True] * (common + len(end)), "") for end in ends]
+
+
+def skip_without_int8(dtype: torch.dtype) -> None:
+    """Skip the test where --quantization int8 is refused on a CPU."""
+    try:
+        check_int8(torch.device("cpu"), dtype)
+    except InputError as error:
+        pytest.skip(str(error))

@@ -68,11 +68,10 @@ class Run:
             self.date = cfg.date
         self.counts: list[Counts] = []
         self.cleanup: Callable[[], None] = lambda: None  # what is to be done once the run is finished
-        new = self.check() is None
-        if new and getattr(cfg, "dtype", "") == "bfloat16":
-            if not distributed.multiplies_bfloat16(self.device):
-                name = {"cuda": "GPU", "cpu": "CPU"}[self.device.type]
-                self.say(f"dtype bfloat16: this {name} emulates it; --dtype float32 is usually faster")
+        if (self.check() is None and getattr(cfg, "dtype", "") == "bfloat16"
+                and not distributed.multiplies_bfloat16(self.device)):
+            name = {"cuda": "GPU", "cpu": "CPU"}[self.device.type]
+            self.say(f"dtype bfloat16: this {name} emulates it; --dtype float32 is usually faster")
         self.list_inputs = inputs
         self.stamps = {file: stamp(file) for file in inputs(cfg)}
         self.inputs = hash_files(self.stamps)

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from tiny import CONFIG, tiny_checkpoint
+from tiny import CONFIG, skip_without_int8, tiny_checkpoint
 
 from srit.config import SampleConfig
 from srit.data.batches import shared_prefix
@@ -15,8 +15,6 @@ from srit.generation import engine
 from srit.generation.params import Request, Result, SamplingParams, request_seed
 from srit.kernels import linear_logp
 from srit.models import Decoder, ModelConfig
-from srit.models.int8 import exact_products
-from srit.models.onednn import can_pack
 from srit.models.paged_cache import PagedCache
 from srit.runtime.files import InputError
 
@@ -110,8 +108,8 @@ def test_the_triton_kernel_gives_the_same_texts(monkeypatch):
                                        "decode": lambda ids: spell(ids)}], ids=lambda s: " ".join(s))
 def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
     model, all_requests = tiny_model(dtype), requests(9, 3)
-    if packed == "int8" and not (exact_products() and can_pack(dtype)):
-        pytest.skip("no such products on this CPU")
+    if packed == "int8":
+        skip_without_int8(dtype)
     if packed:
         model.pack_weights(packed)
     settings = {"stop_ids": range(3, 20), "max_new_tokens": 20,
@@ -128,8 +126,8 @@ def test_a_text_depends_on_nothing_but_its_own_request(dtype, packed, sampling):
                                            (torch.bfloat16, "int8")], ids=str)
 def test_a_text_does_not_depend_on_its_neighbours_in_products_of_real_size(dtype, packed):
     """CPUs with AMX sum bfloat16 products of up to 32 rows in another order than those of more."""
-    if packed == "int8" and not (exact_products() and can_pack(dtype)):
-        pytest.skip("no such products on this CPU")
+    if packed == "int8":
+        skip_without_int8(dtype)
     model = tiny_model(dtype, 0.05, CONFIG | {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1, "head_dim": 64,
         "num_attention_heads": 9, "num_key_value_heads": 3})

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from tiny import question, tiny_checkpoint, write_rows
+from tiny import question, skip_without_int8, tiny_checkpoint, write_rows
 
 from srit.config import EvalConfig, SampleConfig
-from srit.models.int8 import exact_products
-from srit.models.onednn import can_pack
 from srit.runtime.files import InputError
 from srit.train import sample
 
@@ -32,8 +30,7 @@ def samples(world, output, **changes):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_texts_do_not_depend_on_the_batch_and_a_run_keeps_its_quantization(world, dtype):
-    if not (exact_products() and can_pack(getattr(torch, dtype))):
-        pytest.skip("no such products on this CPU")
+    skip_without_int8(getattr(torch, dtype))
     quantized = {"dtype": dtype, "quantization": "int8"}
     int8 = samples(world, dtype, **quantized)
     assert samples(world, f"{dtype}-3", per_device_batch_size=3, **quantized) == int8
